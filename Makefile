@@ -1,0 +1,109 @@
+# undermesh: every verb of the project is a target here; `make help` lists them.
+# Artefacts go to build/ only. V=1 shows the commands.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+Q := $(if $(V),,@)
+
+BUILD := build
+VENV := $(BUILD)/venv
+PY := $(VENV)/bin/python
+PYTREE := $(BUILD)/py/undermesh
+export PATH := $(HOME)/.cargo/bin:/usr/sbin:/sbin:$(PATH)
+export PYTHONPATH := $(CURDIR)/$(BUILD)/py
+export PYTHONDONTWRITEBYTECODE := 1
+export CARGO_TARGET_DIR := $(CURDIR)/$(BUILD)/rust
+export REPORT ?=
+
+# What needs root gets it from sudo; everything is built as the user who calls make.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PYTHONPATH,PYTHONDONTWRITEBYTECODE,REPORT,PATH)
+
+PROTOS := $(wildcard proto/*.proto)
+BPF_SOURCES := $(wildcard bpf/*.bpf.c)
+BPF_OBJECTS := $(BPF_SOURCES:bpf/%.bpf.c=$(BUILD)/bpf/%.bpf.o)
+PACKAGES := agent api cli controlplane lab
+ZTUNNEL := $(BUILD)/rust/fast/ztunnel
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+	@echo; echo 'REPORT=FILE makes demo write its rows as JSON lines; ARGS=... goes to pytest (test-python) or the demo.'
+
+.PHONY: demo
+demo: build ## two nodes, real traffic, mTLS: one table that shows what undermesh does (root or sudo)
+	$(Q)$(AS_ROOT) $(PY) -m undermesh.lab.demo --build $(BUILD) $(if $(REPORT),--report $(REPORT)) $(ARGS)
+
+.PHONY: test
+test: build test-rust test-python ## every test (root or sudo)
+
+.PHONY: test-python
+test-python: build ## Python, BPF and network namespace tests; ARGS='-k name'
+	$(Q)$(AS_ROOT) $(PY) -m pytest $(ARGS)
+
+.PHONY: test-rust
+test-rust: $(BUILD)/.bootstrap ## ztunnel's and the CNI plugin's own tests
+	$(Q)cargo test --locked --profile fast --workspace --quiet
+
+.PHONY: test-kernel
+test-kernel: build ## the kernel-facing tests on Debian's 6.1 kernel, under qemu without KVM
+	$(Q)tools/test_kernel.sh $(ARGS)
+
+.PHONY: check
+check: build ## formatters, linters and types
+	$(Q)$(VENV)/bin/ruff format --check --quiet . && $(VENV)/bin/ruff check --quiet .
+	$(Q)$(VENV)/bin/mypy --config-file pyproject.toml $(foreach p,$(PACKAGES),-p undermesh.$(p))
+	$(Q)cargo fmt --check && cargo clippy --locked --profile fast --workspace --all-targets --quiet -- -D warnings
+	$(Q)clang-format --dry-run -Werror bpf/*.c bpf/include/*.h
+
+.PHONY: format
+format: $(VENV)/.done ## format every source file
+	$(Q)$(VENV)/bin/ruff check --fix --quiet . ; $(VENV)/bin/ruff format --quiet . ; cargo fmt ; clang-format -i bpf/*.c bpf/include/*.h
+
+.PHONY: build
+build: env bpf rust ## everything that the demo and the tests run
+
+.PHONY: env
+env: $(VENV)/.done $(PYTREE)/.done ## the Python environment and the generated Python code
+
+.PHONY: bpf
+bpf: $(BPF_OBJECTS) ## the BPF objects
+
+.PHONY: rust
+rust: $(BUILD)/.bootstrap ## ztunnel and the CNI plugin
+	$(Q)cargo build --locked --profile fast --workspace $(if $(V),,--quiet)
+
+.PHONY: release
+release: $(BUILD)/.bootstrap ## ztunnel and the CNI plugin as they ship
+	$(Q)cargo build --locked --release --workspace
+
+.PHONY: clean
+clean: ## remove build/
+	$(Q)rm -rf $(BUILD)
+
+$(BUILD)/.bootstrap: tools/bootstrap.sh
+	$(Q)mkdir -p $(BUILD) && tools/bootstrap.sh && touch $@
+
+$(VENV)/.done: requirements.txt requirements-dev.txt | $(BUILD)/.bootstrap
+	@echo 'python: installing into $(VENV)'
+	$(Q)python3 -m venv --clear $(VENV) && $(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(Q)touch $@
+
+$(PYTREE)/.done: $(PROTOS) proto/marks.toml tools/generate_marks.py $(VENV)/.done Makefile
+	$(Q)rm -rf $(PYTREE) && mkdir -p $(PYTREE)/gen $(PYTREE)/proto && touch $(PYTREE)/gen/__init__.py $(PYTREE)/proto/__init__.py
+	$(Q)for p in $(PACKAGES); do ln -s ../../../$$p $(PYTREE)/$$p; done
+	$(Q)$(PY) tools/generate_marks.py proto/marks.toml $(BUILD)/gen/marks.h $(PYTREE)/gen/marks.py
+	$(Q)cd $(BUILD) && PATH="$(CURDIR)/$(VENV)/bin:$$PATH" venv/bin/python -m grpc_tools.protoc -Iundermesh/proto=../proto \
+	    --python_out=py --grpc_python_out=py --mypy_out=quiet:py --mypy_grpc_out=quiet:py \
+	    $(PROTOS:proto/%=undermesh/proto/%)
+	$(Q)touch $@
+
+$(BUILD)/gen/marks.h: $(PYTREE)/.done
+	$(Q)touch $@
+
+# `make bpf` compiles; nothing on a node ever does.
+$(BUILD)/bpf/%.bpf.o: bpf/%.bpf.c $(wildcard bpf/include/*.h) $(BUILD)/gen/marks.h | $(BUILD)/.bootstrap
+	$(Q)mkdir -p $(@D) && clang -O2 -g -target bpf -mcpu=v3 -Wall -Wtype-limits -Werror \
+	    -I/usr/include/$$(uname -m)-linux-gnu -I$(BUILD)/gen -Ibpf/include -c $< -o $@
+	$(Q)llvm-strip -g $@

@@ -1,0 +1,91 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * What the BPF programs and the agent share: the keys and values of the maps.
+ * agent/bpf/layout.py mirrors these structs; tests compare both with the BTF of the objects.
+ *
+ * Addresses are 16 bytes in network order, IPv4 as IPv4-mapped IPv6 (::ffff:a.b.c.d).
+ * Ports and everything else are in host order.
+ */
+#pragma once
+
+#define ENROLLED_MAX 8192
+#define PODS_MAX 8192
+#define DEVICES_MAX 65536
+#define CAPTURED_MAX 262144
+#define PROBES_MAX 65536
+#define TRUSTED_MAX 64
+
+struct address {
+	__u8 bytes[16];
+};
+
+/* One TCP connection, as the pod `pod` takes part in it. */
+struct flow {
+	struct address source;
+	struct address destination;
+	__u32 pod;
+	__u16 source_port;
+	__u16 destination_port;
+};
+
+/* What of a pod is steered; flags of `enrolment`. */
+enum enrolment_flags {
+	ENROL_INBOUND = 1,  /* its sk_lookup steers: sockets of ours use the app's ports */
+	ENROL_OUTBOUND = 2, /* new connections are captured */
+};
+
+/* Value of map `enrolled`, whose key is the netns cookie. */
+struct enrolment {
+	__u32 pod; /* the pod's id on this node, never 0 */
+	__u32 flags;
+};
+
+/* Value of map `pods`, whose key is the pod's id: for people, and for an agent that takes over. */
+struct pod {
+	char uid[40];
+	__u64 netns_cookie;
+	__u64 netns_inode;
+};
+
+/* Key of map `pod_devices`: interfaces with a capture route; the value is 1. */
+struct pod_device {
+	__u32 pod;
+	__u32 ifindex;
+};
+
+/* Key of map `probe_ports`: where the kubelet probes; the value is the pod's id. */
+struct probe_port {
+	struct address address;
+	__u32 port;
+};
+
+/* Value of map `node` (one entry, key 0). */
+struct node {
+	__u64 netns_cookie;  /* of the node's own netns: where the kubelet runs */
+	__u32 pods_level;    /* depth of the cgroups in map `pod_cgroups`, 0: the cgroup root */
+	__u32 reserved;
+};
+
+/* Slots of a pod's `listeners` map; proto/node.proto numbers them alike. */
+enum listener_slot {
+	OUTBOUND_V4,
+	PLAINTEXT_V4,
+	HBONE_V4,
+	OUTBOUND_V6,
+	PLAINTEXT_V6,
+	HBONE_V6,
+	LISTENER_SLOTS,
+};
+
+/* Index into map `counters` (per CPU). */
+enum counter {
+	COUNT_CAPTURED,          /* connections sent to the outbound listener */
+	COUNT_DEVICE_REFUSED,    /* connects through a device without a capture route */
+	COUNT_MARK_REFUSED,      /* attempts to set one of our marks */
+	COUNT_PROBE_PASSED,      /* probes let through to the app */
+	COUNT_INBOUND_STEERED,   /* connections sent to an inbound listener */
+	COUNT_LISTENER_MISSING,  /* dropped: the slot of the listener was empty */
+	COUNTERS,
+};
+
+#define HBONE_PORT 15008
