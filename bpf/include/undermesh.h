@@ -61,8 +61,8 @@ struct probe_port {
 
 /* Value of map `node` (one entry, key 0). */
 struct node {
-	__u64 netns_cookie;  /* of the node's own netns: where the kubelet runs */
-	__u32 pods_level;    /* depth of the cgroups in map `pod_cgroups`, 0: the cgroup root */
+	__u64 netns_cookie; /* of the node's own netns: where the kubelet runs */
+	__u32 pods_level;   /* depth of the cgroups in map `pod_cgroups`, 0: the cgroup root */
 	__u32 reserved;
 };
 
@@ -79,12 +79,12 @@ enum listener_slot {
 
 /* Index into map `counters` (per CPU). */
 enum counter {
-	COUNT_CAPTURED,          /* connections sent to the outbound listener */
-	COUNT_DEVICE_REFUSED,    /* connects through a device without a capture route */
-	COUNT_MARK_REFUSED,      /* attempts to set one of our marks */
-	COUNT_PROBE_PASSED,      /* probes let through to the app */
-	COUNT_INBOUND_STEERED,   /* connections sent to an inbound listener */
-	COUNT_LISTENER_MISSING,  /* dropped: the slot of the listener was empty */
+	COUNT_CAPTURED,		/* connections sent to the outbound listener */
+	COUNT_DEVICE_REFUSED,	/* connects through a device without a capture route */
+	COUNT_MARK_REFUSED,	/* attempts to set one of our marks */
+	COUNT_PROBE_PASSED,	/* probes let through to the app */
+	COUNT_INBOUND_STEERED,	/* connections sent to an inbound listener */
+	COUNT_LISTENER_MISSING, /* dropped: the slot of the listener was empty */
 	COUNTERS,
 };
 

@@ -1,0 +1,415 @@
+// SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
+/*
+ * Node-wide capture: attached once to the cgroup2 root of the node.
+ *
+ * connect4/6 mark new TCP sockets of enrolled pods, so that policy routing sends them to lo, where the pod's
+ * sk_lookup program (lookup.bpf.c) hands them to ztunnel. sockops has the last word, on the final 4-tuple:
+ * other programs rewrite addresses after us, and TCP_FASTOPEN_CONNECT and MPTCP pass connect4/6 by or early.
+ */
+#include "common.bpf.h"
+
+/* Netns cookies of the pods that are steered. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, ENROLLED_MAX);
+	__type(key, __u64);
+	__type(value, struct enrolment);
+} enrolled SEC(".maps");
+
+/* No program reads it: who a pod id is, for people and for an agent that takes over. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, PODS_MAX);
+	__type(key, __u32);
+	__type(value, struct pod);
+} pods SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, DEVICES_MAX);
+	__type(key, struct pod_device);
+	__type(value, __u32);
+} pod_devices SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, PROBES_MAX);
+	__type(key, struct probe_port);
+	__type(value, __u32);
+} probe_ports SEC(".maps");
+
+/* Ids of the cgroups of ztunnel and the agent: they alone may use our marks. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, TRUSTED_MAX);
+	__type(key, __u64);
+	__type(value, __u32);
+} trusted SEC(".maps");
+
+/* Ids of the cgroups under which all pods live. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, TRUSTED_MAX);
+	__type(key, __u64);
+	__type(value, __u32);
+} pod_cgroups SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct node);
+} node SEC(".maps");
+
+/* What we know of one socket. */
+struct socket_state {
+	__u32 own_mark; /* the app's, while ours stands in its place */
+	__u8 trusted;	/* ztunnel's or the agent's: never captured */
+	__u8 prober;	/* of the node's own netns, not of a pod */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct socket_state);
+} sockets SEC(".maps");
+
+static __always_inline int is_our_mark(__u32 mark) { return mark >= MARK_BYPASS && mark <= MARK_DELIVERY; }
+
+static __always_inline int in_trusted_cgroup(void)
+{
+	__u64 id = bpf_get_current_cgroup_id();
+
+	return bpf_map_lookup_elem(&trusted, &id) != NULL;
+}
+
+static __always_inline int in_pod_cgroup(const struct node *node)
+{
+	__u64 id = bpf_get_current_ancestor_cgroup_id(node->pods_level);
+
+	return bpf_map_lookup_elem(&pod_cgroups, &id) != NULL;
+}
+
+/* === connect4, connect6 === */
+
+static __always_inline void set_mark(struct bpf_sock_addr *ctx, __u32 mark)
+{
+	bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark));
+}
+
+static __always_inline void release(struct bpf_sock_addr *ctx, struct bpf_sock *sk)
+{
+	struct socket_state *state;
+
+	if (!is_our_mark(sk->mark))
+		return;
+	state = bpf_sk_storage_get(&sockets, sk, NULL, 0);
+	set_mark(ctx, state ? state->own_mark : 0);
+}
+
+/* Returns 0 to refuse the connect (EPERM), 1 to go on. */
+static __always_inline int on_connect(struct bpf_sock_addr *ctx, const struct address *to)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct socket_state *state;
+	struct enrolment *enrolment;
+	struct node *self;
+	__u32 zero = 0;
+	__u64 cookie;
+
+	if (!sk || ctx->type != SOCK_STREAM)
+		return 1;
+	if (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_MPTCP)
+		return 1;
+	cookie = bpf_get_netns_cookie(ctx);
+	enrolment = bpf_map_lookup_elem(&enrolled, &cookie);
+	if (!enrolment) {
+		self = bpf_map_lookup_elem(&node, &zero);
+		if (self && self->netns_cookie == cookie && !in_pod_cgroup(self)) {
+			state = bpf_sk_storage_get(&sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+			if (state)
+				state->prober = 1;
+			return 1;
+		}
+		release(ctx, sk);
+		return 1;
+	}
+	if (in_trusted_cgroup()) {
+		state = bpf_sk_storage_get(&sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+		if (!state)
+			return 0;
+		state->trusted = 1;
+		return 1;
+	}
+	if (!(enrolment->flags & ENROL_OUTBOUND) || address_is_loopback(to)) {
+		release(ctx, sk);
+		return 1;
+	}
+	if (sk->bound_dev_if) {
+		struct pod_device device = {.pod = enrolment->pod, .ifindex = sk->bound_dev_if};
+
+		/* Without a capture route of its own the device would carry it out in plaintext. */
+		if (!bpf_map_lookup_elem(&pod_devices, &device)) {
+			count(COUNT_DEVICE_REFUSED);
+			return 0;
+		}
+	}
+	state = bpf_sk_storage_get(&sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!state)
+		return 0;
+	if (!is_our_mark(sk->mark))
+		state->own_mark = sk->mark;
+	set_mark(ctx, MARK_CAPTURE);
+	return 1;
+}
+
+SEC("cgroup/connect4")
+int um_connect4(struct bpf_sock_addr *ctx)
+{
+	struct address to;
+
+	address_from_ip4(&to, ctx->user_ip4);
+	return on_connect(ctx, &to);
+}
+
+SEC("cgroup/connect6")
+int um_connect6(struct bpf_sock_addr *ctx)
+{
+	struct address to;
+
+	address_from_ip6(&to, ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3]);
+	return on_connect(ctx, &to);
+}
+
+/* === bind4, bind6 === */
+
+/*
+ * Connections that ztunnel accepted sit in the pod's bind table under the port they were made to. With
+ * SO_REUSEADDR on both sides (ztunnel's listeners have it) an app may still bind that port.
+ */
+static __always_inline int on_bind(struct bpf_sock_addr *ctx)
+{
+	__u64 cookie;
+	int one = 1;
+
+	if (ctx->type != SOCK_STREAM || ctx->user_port == 0)
+		return 1;
+	cookie = bpf_get_netns_cookie(ctx);
+	if (bpf_map_lookup_elem(&enrolled, &cookie))
+		bpf_setsockopt(ctx, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
+	return 1;
+}
+
+SEC("cgroup/bind4")
+int um_bind4(struct bpf_sock_addr *ctx) { return on_bind(ctx); }
+
+SEC("cgroup/bind6")
+int um_bind6(struct bpf_sock_addr *ctx) { return on_bind(ctx); }
+
+/* === setsockopt === */
+
+/* Returns 0 to refuse (EPERM), 1 to go on. */
+static __always_inline int on_set_mark(struct bpf_sockopt *ctx)
+{
+	__u32 *value = ctx->optval, *end = ctx->optval_end;
+	struct bpf_sock *sk = ctx->sk;
+	__u64 cookie;
+
+	if (!sk || (void *)(value + 1) > (void *)end)
+		return 1; /* shorter than a mark: the kernel answers EINVAL */
+	cookie = bpf_get_netns_cookie(ctx);
+	if (!bpf_map_lookup_elem(&enrolled, &cookie))
+		return 1;
+	if (in_trusted_cgroup())
+		return 1;
+	if (is_our_mark(*value) || sk->mark == MARK_CAPTURE) {
+		count(COUNT_MARK_REFUSED);
+		return 0;
+	}
+	return 1;
+}
+
+SEC("cgroup/setsockopt")
+int um_setsockopt(struct bpf_sockopt *ctx)
+{
+	if (ctx->level == SOL_SOCKET && ctx->optname == SO_MARK) {
+		if (!on_set_mark(ctx))
+			return 0;
+		/* The kernel must use the copy that was checked, not read the caller's memory again. */
+		if (ctx->optlen > (int)sizeof(__u32))
+			ctx->optlen = sizeof(__u32);
+		return 1;
+	}
+	/* Longer than the kernel copies for us: let it use the caller's buffer. */
+	if (ctx->optlen > 4096)
+		ctx->optlen = 0;
+	return 1;
+}
+
+/* === sockops === */
+
+static __always_inline void flow_of_socket(struct flow *flow, const struct bpf_sock_ops *ops, __u32 pod)
+{
+	__builtin_memset(flow, 0, sizeof(*flow));
+	if (ops->family == AF_INET) {
+		address_from_ip4(&flow->source, ops->local_ip4);
+		address_from_ip4(&flow->destination, ops->remote_ip4);
+	} else {
+		address_from_ip6(&flow->source, ops->local_ip6[0], ops->local_ip6[1], ops->local_ip6[2],
+				 ops->local_ip6[3]);
+		address_from_ip6(&flow->destination, ops->remote_ip6[0], ops->remote_ip6[1],
+				 ops->remote_ip6[2], ops->remote_ip6[3]);
+	}
+	flow->pod = pod;
+	flow->source_port = ops->local_port;
+	flow->destination_port = bpf_ntohl(ops->remote_port);
+}
+
+static __always_inline void set_socket_mark(struct bpf_sock_ops *ops, __u32 mark)
+{
+	bpf_setsockopt(ops, SOL_SOCKET, SO_MARK, &mark, sizeof(mark));
+}
+
+static __always_inline void record(struct bpf_sock_ops *ops, void *map, const struct flow *flow)
+{
+	__u64 cookie = bpf_get_socket_cookie(ops);
+
+	bpf_map_update_elem(map, flow, &cookie, BPF_ANY);
+	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+static __always_inline void on_node_connect(struct bpf_sock_ops *ops, struct bpf_sock *sk, __u64 cookie)
+{
+	struct socket_state *state;
+	struct probe_port port = {};
+	struct flow flow;
+	struct node *self;
+	__u32 zero = 0;
+	__u32 *pod;
+
+	self = bpf_map_lookup_elem(&node, &zero);
+	if (!self || self->netns_cookie != cookie)
+		return;
+	state = bpf_sk_storage_get(&sockets, sk, NULL, 0);
+	if (!state || !state->prober)
+		return;
+	flow_of_socket(&flow, ops, 0);
+	port.address = flow.destination;
+	port.port = flow.destination_port;
+	pod = bpf_map_lookup_elem(&probe_ports, &port);
+	if (!pod)
+		return;
+	flow.pod = *pod;
+	record(ops, &probes, &flow);
+}
+
+static __always_inline void on_pod_connect(struct bpf_sock_ops *ops, struct bpf_sock *sk,
+					   const struct enrolment *enrolment)
+{
+	struct socket_state *state = bpf_sk_storage_get(&sockets, sk, NULL, 0);
+	struct flow flow;
+
+	if (state && state->trusted)
+		return;
+	flow_of_socket(&flow, ops, enrolment->pod);
+	if (address_is_loopback(&flow.destination)) {
+		if (is_our_mark(sk->mark))
+			set_socket_mark(ops, state ? state->own_mark : 0);
+		return;
+	}
+	if (address_equal(&flow.source, &flow.destination)) {
+		/* By way of lo, or it would look like fresh inbound; its sk_lookup then passes it to the app.
+		 */
+		if (sk->mark != MARK_CAPTURE)
+			set_socket_mark(ops, MARK_CAPTURE);
+		return;
+	}
+	if (!(enrolment->flags & ENROL_OUTBOUND))
+		return;
+	if (sk->bound_dev_if) {
+		struct pod_device device = {.pod = enrolment->pod, .ifindex = sk->bound_dev_if};
+		char none[1] = "";
+
+		if (!bpf_map_lookup_elem(&pod_devices, &device))
+			bpf_setsockopt(ops, SOL_SOCKET, SO_BINDTODEVICE, none, 0);
+	}
+	if (sk->mark != MARK_CAPTURE)
+		set_socket_mark(ops, MARK_CAPTURE);
+	count(COUNT_CAPTURED);
+	record(ops, &captured, &flow);
+}
+
+static __always_inline void on_tcp_connect(struct bpf_sock_ops *ops)
+{
+	struct bpf_sock *sk = ops->sk;
+	struct enrolment *enrolment;
+	__u64 cookie;
+
+	if (!sk)
+		return;
+	cookie = bpf_get_netns_cookie(ops);
+	enrolment = bpf_map_lookup_elem(&enrolled, &cookie);
+	if (enrolment)
+		on_pod_connect(ops, sk, enrolment);
+	else
+		on_node_connect(ops, sk, cookie);
+}
+
+/* A mark on a listener wins over tcp_fwmark_accept, and the answers to a delivery would leave the pod. */
+static __always_inline void on_listen(struct bpf_sock_ops *ops)
+{
+	struct bpf_sock *sk = ops->sk;
+	__u64 cookie;
+
+	if (!sk || sk->mark == 0 || sk->mark == MARK_BYPASS)
+		return;
+	cookie = bpf_get_netns_cookie(ops);
+	if (bpf_map_lookup_elem(&enrolled, &cookie))
+		set_socket_mark(ops, 0);
+}
+
+static __always_inline void on_close(struct bpf_sock_ops *ops)
+{
+	struct enrolment *enrolment;
+	struct probe_port port = {};
+	struct flow flow;
+	__u64 cookie;
+	__u32 *pod;
+
+	cookie = bpf_get_netns_cookie(ops);
+	enrolment = bpf_map_lookup_elem(&enrolled, &cookie);
+	if (enrolment) {
+		flow_of_socket(&flow, ops, enrolment->pod);
+		bpf_map_delete_elem(&captured, &flow);
+		return;
+	}
+	flow_of_socket(&flow, ops, 0);
+	port.address = flow.destination;
+	port.port = flow.destination_port;
+	pod = bpf_map_lookup_elem(&probe_ports, &port);
+	if (pod) {
+		flow.pod = *pod;
+		bpf_map_delete_elem(&probes, &flow);
+	}
+}
+
+SEC("sockops")
+int um_sockops(struct bpf_sock_ops *ops)
+{
+	switch (ops->op) {
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		on_tcp_connect(ops);
+		break;
+	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		on_listen(ops);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (ops->args[1] == TCP_CLOSE)
+			on_close(ops);
+		break;
+	}
+	return 1;
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";
