@@ -178,7 +178,8 @@ int um_connect6(struct bpf_sock_addr *ctx)
 {
 	struct address to;
 
-	address_from_ip6(&to, ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3]);
+	address_from_ip6(&to, CONTEXT_WORD(ctx->user_ip6[0]), CONTEXT_WORD(ctx->user_ip6[1]),
+			 CONTEXT_WORD(ctx->user_ip6[2]), CONTEXT_WORD(ctx->user_ip6[3]));
 	return on_connect(ctx, &to);
 }
 
@@ -255,11 +256,14 @@ static __always_inline void flow_of_socket(struct flow *flow, const struct bpf_s
 	if (ops->family == AF_INET) {
 		address_from_ip4(&flow->source, ops->local_ip4);
 		address_from_ip4(&flow->destination, ops->remote_ip4);
+		END_OF_CONTEXT_READS();
 	} else {
-		address_from_ip6(&flow->source, ops->local_ip6[0], ops->local_ip6[1], ops->local_ip6[2],
-				 ops->local_ip6[3]);
-		address_from_ip6(&flow->destination, ops->remote_ip6[0], ops->remote_ip6[1],
-				 ops->remote_ip6[2], ops->remote_ip6[3]);
+		address_from_ip6(&flow->source, CONTEXT_WORD(ops->local_ip6[0]),
+				 CONTEXT_WORD(ops->local_ip6[1]), CONTEXT_WORD(ops->local_ip6[2]),
+				 CONTEXT_WORD(ops->local_ip6[3]));
+		address_from_ip6(&flow->destination, CONTEXT_WORD(ops->remote_ip6[0]),
+				 CONTEXT_WORD(ops->remote_ip6[1]), CONTEXT_WORD(ops->remote_ip6[2]),
+				 CONTEXT_WORD(ops->remote_ip6[3]));
 	}
 	flow->pod = pod;
 	flow->source_port = ops->local_port;
@@ -332,7 +336,7 @@ static __always_inline void on_pod_connect(struct bpf_sock_ops *ops, struct bpf_
 		char none[1] = "";
 
 		if (!bpf_map_lookup_elem(&pod_devices, &device))
-			bpf_setsockopt(ops, SOL_SOCKET, SO_BINDTODEVICE, none, 0);
+			bpf_setsockopt(ops, SOL_SOCKET, SO_BINDTODEVICE, none, sizeof(none));
 	}
 	if (sk->mark != MARK_CAPTURE)
 		set_socket_mark(ops, MARK_CAPTURE);

@@ -23,11 +23,14 @@ static __always_inline void flow_of_packet(struct flow *flow, const struct bpf_s
 	if (ctx->family == AF_INET) {
 		address_from_ip4(&flow->source, ctx->remote_ip4);
 		address_from_ip4(&flow->destination, ctx->local_ip4);
+		END_OF_CONTEXT_READS();
 	} else {
-		address_from_ip6(&flow->source, ctx->remote_ip6[0], ctx->remote_ip6[1], ctx->remote_ip6[2],
-				 ctx->remote_ip6[3]);
-		address_from_ip6(&flow->destination, ctx->local_ip6[0], ctx->local_ip6[1], ctx->local_ip6[2],
-				 ctx->local_ip6[3]);
+		address_from_ip6(&flow->source, CONTEXT_WORD(ctx->remote_ip6[0]),
+				 CONTEXT_WORD(ctx->remote_ip6[1]), CONTEXT_WORD(ctx->remote_ip6[2]),
+				 CONTEXT_WORD(ctx->remote_ip6[3]));
+		address_from_ip6(&flow->destination, CONTEXT_WORD(ctx->local_ip6[0]),
+				 CONTEXT_WORD(ctx->local_ip6[1]), CONTEXT_WORD(ctx->local_ip6[2]),
+				 CONTEXT_WORD(ctx->local_ip6[3]));
 	}
 	flow->pod = pod_id;
 	flow->source_port = bpf_ntohs(ctx->remote_port);

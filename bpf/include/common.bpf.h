@@ -19,6 +19,13 @@
 #define SO_MARK 36
 #define TCP_CLOSE 7
 
+/* Ends a branch that reads the context: clang would else merge its last reads with those of the other branch
+ * by computing the address, and the verifier refuses computed context addresses. */
+#define END_OF_CONTEXT_READS() asm volatile("" ::: "memory")
+
+/* Reads one 32-bit context field on its own: clang would else join two of them into a 64-bit read. */
+#define CONTEXT_WORD(field) (*(volatile __u32 *)&(field))
+
 /* 4-tuples of open captured connections: the outbound listener is theirs, and nobody else's. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
