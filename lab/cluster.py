@@ -1,0 +1,334 @@
+"""A cluster on this machine: nodes and pods as network namespaces, undermesh on top if wanted.
+
+    with Cluster(Path("lab/demo")) as cluster:                      # or: cluster.start(); ...; cluster.stop()
+        server = cluster.spawn("orders", ["python3", "-m", "http.server", "8080"])
+        cluster.exec("web", ["curl", "-s", "http://10.1.2.10:8080/"]).stdout
+        cluster.start_mesh()                                        # control plane, agents, ztunnels
+        cluster.label_namespace("shop", {"undermesh.io/mesh": "enabled"})
+        cluster.wait_enrolled("shop")
+        cluster.agent_api("node1", "/v1/status")
+        cluster.write("deny.yaml", "kind: AuthorizationPolicy ...")
+
+Every name on the machine starts with `cluster.prefix` (um-<4 hex digits>), so clusters run side by side, and
+what a killed one left is removed by the next one to start. Calls block: in asyncio code use
+asyncio.to_thread. Root is needed. Processes can be debugged by `nsenter --net=/run/netns/<prefix>-<pod> ...`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from http.client import HTTPConnection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from undermesh.lab import bpffs, cgroups, manifest, netns, network, services
+from undermesh.lab.build import Build
+from undermesh.lab.commands import ip_batch, run
+from undermesh.lab.errors import LabError
+from undermesh.lab.footprint import Claim, Footprint, clean_up_after_crashes
+from undermesh.lab.mesh import Mesh, NodePlace, wait_for
+from undermesh.lab.processes import Place
+from undermesh.lab.source import SourceDirectory
+
+ENROL_LABEL = "undermesh.io/mesh"
+
+
+class Cluster:
+    """Two (or more) nodes and their pods, built from a directory of Kubernetes YAML.
+
+    Args:
+        template: the directory; its *.yaml are copied to `source.path`, which the mesh reads.
+        build: where the built parts are; default: where this package was imported from.
+    """
+
+    def __init__(self, template: Path, *, build: Build | None = None) -> None:
+        self.prefix = f"um-{secrets.token_hex(2)}"
+        self.manifest = manifest.load(template)
+        self.run_dir = Path("/run") / self.prefix
+        self.logs = self.run_dir / "logs"
+        self.cgroup = cgroups.mount_point() / self.prefix
+        self.nodes = {node.name: self._place(node) for node in self.manifest.nodes}
+        self._template = template
+        self._build = build or Build.of_this_package()
+        self._claim: Claim | None = None
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._mesh: Mesh | None = None
+        self._source: SourceDirectory | None = None
+
+    def __enter__(self) -> Cluster:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self, *, mesh: bool = False) -> None:
+        """Build the network; with `mesh`, start undermesh on every node too. Nothing stays if it fails.
+
+        Raises:
+            LabError: something could not be made.
+        """
+        clean_up_after_crashes()
+        self._claim = Claim(self._footprint())
+        try:
+            self._build_all()
+            if mesh:
+                self.start_mesh()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stop the mesh, kill every process of the cluster and remove every trace of it.
+
+        Raises:
+            LabError: something could not be removed.
+        """
+        if self._claim is None:
+            return
+        claim, self._claim = self._claim, None
+        try:
+            if self._mesh is not None:
+                self._mesh.stop_all()
+        finally:
+            claim.release()
+            for child in self._children:
+                child.wait()
+
+    @property
+    def source(self) -> SourceDirectory:
+        """The YAML directory of the running cluster."""
+        if self._source is None:
+            raise LabError(f"cluster {self.prefix}: not started")
+        return self._source
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh's processes; start_mesh makes it."""
+        if self._mesh is None:
+            raise LabError(f"cluster {self.prefix}: the mesh is not started")
+        return self._mesh
+
+    def netns(self, pod: str) -> str:
+        """The name of a pod's netns."""
+        return f"{self.prefix}-{self.manifest.pod(pod).name}"
+
+    def place(self, pod: str, container: str = "app") -> Place:
+        """Where the processes of a pod's container live."""
+        found = self.manifest.pod(pod)
+        node = self.nodes[found.node]
+        return Place(self.prefix, cgroups.pod_scope(node.cgroup, found, container), self.netns(pod))
+
+    def exec(
+        self, pod: str, argv: Sequence[str], *, timeout: float = 20.0
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command inside a pod (its netns and cgroup) to its end; the caller judges the exit code."""
+        return self.place(pod).run(argv, timeout=timeout)
+
+    def node_exec(
+        self, node: str, argv: Sequence[str], *, timeout: float = 20.0
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command in a node's own netns, outside every pod, as the kubelet is."""
+        place = self.nodes[node]
+        return place.system("kubelet").run(argv, timeout=timeout)
+
+    def spawn(
+        self, pod: str, argv: Sequence[str], *, container: str = "app", env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a process inside a pod; its output goes to logs/<pod>-<container>.log."""
+        with (self.logs / f"{pod}-{container}.log").open("ab") as log:
+            process = self.place(pod, container).start(argv, log=log, env=env)
+        self._children.append(process)
+        return process
+
+    def start_mesh(self, node: str | None = None) -> None:
+        """Start undermesh on `node` (default: every node), and the control plane if it does not run.
+
+        Raises:
+            LabError: a part ended or is not ready in time; the message ends with its last lines.
+        """
+        self._build.check()
+        if self._mesh is None:
+            self._mesh = Mesh(
+                build=self._build,
+                manifest=self.manifest,
+                nodes=list(self.nodes.values()),
+                source=self.source.path,
+                state=self.run_dir / "state",
+                logs=self.logs,
+            )
+        if "controlplane" not in self._mesh.parts:
+            self._mesh.start_control_plane()
+        names = [node] if node is not None else list(self.nodes)
+        for name in names:
+            self._mesh.start_ztunnel(name)
+        for name in names:
+            self._mesh.start_agent(name)
+        for name in names:
+            self.wait_ready(name)
+
+    def stop_mesh(self, node: str) -> None:
+        """Stop agent and ztunnel of one node; pins stay, as when a node's pods are replaced."""
+        self.mesh.stop(f"ztunnel-{node}")
+        self.mesh.stop(f"agent-{node}")
+
+    def wait_ready(self, node: str, seconds: float = 15.0) -> None:
+        """Wait until the node's agent has its ztunnel and the control plane.
+
+        Raises:
+            LabError: it has not in time; the message holds its status.
+        """
+        status: dict[str, Any] = {}
+
+        def ready() -> bool:
+            self.mesh.parts[f"agent-{node}"].check_alive()
+            self.mesh.parts[f"ztunnel-{node}"].check_alive()
+            status.clear()
+            status.update(self._status_or_error(node))
+            return bool(_connected(status, "ztunnel") and _connected(status, "control_plane"))
+
+        try:
+            wait_for(f"agent of {node} with ztunnel and control plane", seconds, ready)
+        except LabError as error:
+            raise LabError(f"{error}; its status: {json.dumps(status)}") from error
+
+    def wait_pods(self, namespace: str, state: str, seconds: float = 15.0) -> float:
+        """Wait until every pod of the namespace is in `state` ("enrolled", "plain"); returns how long.
+
+        Raises:
+            LabError: one is not in time; the message names it, its state and the agent's reason.
+        """
+        wanted = {pod.uid: pod for pod in self.manifest.pods if pod.namespace == namespace}
+        started = time.monotonic()
+        missing: list[str] = []
+
+        def reached() -> bool:
+            seen = {
+                pod["uid"]: pod for node in self.nodes for pod in self._status_or_error(node).get("pods", [])
+            }
+            missing.clear()
+            for uid, pod in wanted.items():
+                status = seen.get(uid, {"state": "unknown to the agent"})
+                # A pod that is to be plain may be none of the agent's business.
+                if status["state"] != state and not (state == "plain" and uid not in seen):
+                    missing.append(f"{pod.name}: {status['state']} {status.get('reason') or ''}".strip())
+            return not missing
+
+        try:
+            wait_for(f"pods of {namespace} {state}", seconds, reached)
+        except LabError as error:
+            raise LabError(f"{error} ({'; '.join(missing)})") from error
+        return time.monotonic() - started
+
+    def wait_enrolled(self, namespace: str, seconds: float = 15.0) -> float:
+        """Wait until every pod of the namespace is enrolled; returns the seconds it took."""
+        return self.wait_pods(namespace, "enrolled", seconds)
+
+    def write(self, name: str, text: str) -> None:
+        """Create or replace a file of the source directory, in one step."""
+        self.source.write(name, text)
+
+    def label_namespace(self, namespace: str, labels: Mapping[str, str | None]) -> None:
+        """Set labels of a Namespace in the source directory; None takes a label away."""
+        self.source.label_namespace(namespace, labels)
+
+    def agent_api(self, node: str, path: str) -> dict[str, Any]:
+        """GET a path of the node's agent API, for example /v1/status.
+
+        Raises:
+            LabError: no agent answers.
+        """
+        connection = _UnixConnection(self.nodes[node].run_dir / "agent.sock")
+        try:
+            connection.request("GET", path)
+            body = connection.getresponse().read()
+        except OSError as error:
+            raise LabError(
+                f"agent of {node}: GET {path}: {error}; its log: {self.logs}/agent-{node}.log"
+            ) from error
+        finally:
+            connection.close()
+        answer = json.loads(body)
+        if not isinstance(answer, dict):
+            raise LabError(f"agent of {node}: GET {path}: no JSON object: {body[:200]!r}")
+        return answer
+
+    def _status_or_error(self, node: str) -> dict[str, Any]:
+        try:
+            return self.agent_api(node, "/v1/status")
+        except LabError as error:
+            return {"error": str(error)}
+
+    def _place(self, node: manifest.Node) -> NodePlace:
+        return NodePlace(
+            name=node.name,
+            address=node.addresses[0],
+            prefix=self.prefix,
+            netns=f"{self.prefix}-{node.name}",
+            cgroup=self.cgroup / node.name,
+            run_dir=self.run_dir / node.name,
+            pin_dir=bpffs.BPFFS / f"{self.prefix}-{node.name}",
+        )
+
+    def _footprint(self) -> Footprint:
+        places = self.nodes.values()
+        return Footprint(
+            prefix=self.prefix,
+            cgroup=str(self.cgroup),
+            namespaces=(*(self.netns(pod.name) for pod in self.manifest.pods), *(p.netns for p in places)),
+            directories=(*(str(place.pin_dir) for place in places), str(self.run_dir)),
+        )
+
+    def _build_all(self) -> None:
+        self.logs.mkdir(parents=True)
+        self.run_dir.chmod(0o700)
+        self._source = SourceDirectory(self.run_dir / "source", self._template)
+        for place in self.nodes.values():
+            place.run_dir.mkdir()
+            netns.create(place.netns)
+            netns.set_sysctls(place.netns, network.NODE_SYSCTLS)
+        for one, interface, other, other_interface in network.underlay(self.manifest):
+            other_netns = self.nodes[other.name].netns
+            ip_batch(
+                self.nodes[one.name].netns, network.underlay_link(interface, other_netns, other_interface)
+            )
+        for node in self.manifest.nodes:
+            place = self.nodes[node.name]
+            ip_batch(place.netns, network.node_commands(self.manifest, node))
+            run(netns.enter(place.netns, ["nft", "-f", "-"]), stdin=services.ruleset(self.manifest))
+        for pod in self.manifest.pods:
+            self._build_pod(pod)
+
+    def _build_pod(self, pod: manifest.Pod) -> None:
+        name = self.netns(pod.name)
+        netns.create(name)
+        netns.set_sysctls(name, network.POD_SYSCTLS)
+        ip_batch(self.nodes[pod.node].netns, network.pod_link(pod, name))
+        ip_batch(name, network.pod_commands(pod))
+        self.spawn(pod.name, ["sleep", "infinity"], container="pause")
+
+
+class _UnixConnection(HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=5)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(os.fspath(self._path))
+
+
+def _connected(status: Mapping[str, Any], part: str) -> bool:
+    return bool(status.get(part, {}).get("connected"))
