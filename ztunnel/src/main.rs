@@ -1,0 +1,6 @@
+//! `ztunnel run` and `ztunnel supervise`.
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() {}

@@ -1,0 +1,16 @@
+//! The wire formats of proto/, generated at build time.
+
+/// Agent <-> ztunnel.
+pub mod node {
+    include!(concat!(env!("OUT_DIR"), "/undermesh.node.rs"));
+}
+
+/// Workloads and services.
+pub mod workload {
+    include!(concat!(env!("OUT_DIR"), "/istio.workload.rs"));
+}
+
+/// L4 policies.
+pub mod security {
+    include!(concat!(env!("OUT_DIR"), "/istio.security.rs"));
+}
