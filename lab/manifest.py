@@ -141,7 +141,7 @@ def build(objects: list[Object]) -> Manifest:
         for item in _of_kind(objects, "ServiceAccount")
     }
     return Manifest(
-        nodes=_nodes(objects, [pod.node for pod in (*pods, *host_pods)]),
+        nodes=_nodes(objects, [*(pod.node for pod in pods), *(pod.node for pod in host_pods)]),
         pods=tuple(pods),
         host_pods=tuple(host_pods),
         services=tuple(_service(item) for item in _of_kind(objects, "Service")),
