@@ -11,7 +11,12 @@ from typing import Final
 # Names as the kubelet makes them, for both of its cgroup drivers:
 # kubepods-burstable-pod0a1b_....slice (systemd) and kubepods/burstable/pod0a1b-... (cgroupfs).
 _POD_COMPONENT: Final = re.compile(r"(?:^|[-/])pod([0-9a-fA-F][0-9a-fA-F_-]{7,})(?:\.slice)?$")
-_PODS_ROOTS: Final = ("kubepods.slice", "kubepods", "kubelet.slice/kubelet-kubepods.slice", "kubelet/kubepods")
+_PODS_ROOTS: Final = (
+    "kubepods.slice",
+    "kubepods",
+    "kubelet.slice/kubelet-kubepods.slice",
+    "kubelet/kubepods",
+)
 
 
 class CgroupError(Exception):

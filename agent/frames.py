@@ -140,7 +140,7 @@ class FrameChannel:
     async def _wait_readable(self) -> None:
         loop = asyncio.get_running_loop()
         ready = loop.create_future()
-        loop.add_reader(self._sock, lambda: ready.done() or ready.set_result(None))
+        loop.add_reader(self._sock, _settle, ready)
         try:
             await ready
         finally:
@@ -150,9 +150,14 @@ class FrameChannel:
     async def _wait_writable(self) -> None:
         loop = asyncio.get_running_loop()
         ready = loop.create_future()
-        loop.add_writer(self._sock, lambda: ready.done() or ready.set_result(None))
+        loop.add_writer(self._sock, _settle, ready)
         try:
             await ready
         finally:
             if not self._closed:
                 loop.remove_writer(self._sock)
+
+
+def _settle(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)

@@ -123,20 +123,25 @@ def wanted_rules(table: int) -> tuple[Rule, ...]:
 
 
 def wanted_routes(state: FamilyState, pod_addresses: Sequence[IPAddress]) -> tuple[Route, ...]:
-    """`local default` per device. IPv4 needs a source on each; a device without an address cannot send."""
+    """`local default` through lo and through every other device.
+
+    Each IPv4 route names a source, without which the kernel would pick the destination's address; a device
+    without an address of its own lends the pod's.
+    """
+    if not state.enabled:
+        return ()
     version = 4 if state.family == socket.AF_INET else 6
     own = [address for address in pod_addresses if address.version == version]
     others = [address for device in state.devices if device.ifindex != LO_INDEX for address in device.addresses]
     source = next(iter(own + others), None)
-    routes = []
-    if state.enabled and (source is not None or version == 6):
-        routes.append(Route(LO_INDEX, source, LO_METRIC))
+    if source is None and version == 4:
+        return ()
+    routes = [Route(LO_INDEX, source, LO_METRIC)]
     for device in state.devices:
-        if device.ifindex == LO_INDEX or not (device.addresses or version == 6):
-            continue
-        device_source = next(iter(device.addresses), None)
-        routes.append(Route(device.ifindex, device_source, DEVICE_METRIC + device.ifindex))
-    return tuple(routes) if state.enabled else ()
+        if device.ifindex != LO_INDEX:
+            device_source = next(iter(device.addresses), source)
+            routes.append(Route(device.ifindex, device_source, DEVICE_METRIC + device.ifindex))
+    return tuple(routes)
 
 
 def plan_present(state: FamilyState, pod_addresses: Sequence[IPAddress]) -> Steps:
@@ -243,7 +248,14 @@ def _rule(message: Any) -> Rule:
     plain = mask in (None, _FULL_MASK) and not message["src_len"] and not message["dst_len"]
     selective = any(
         message.get_attr(name) is not None
-        for name in ("FRA_IIFNAME", "FRA_OIFNAME", "FRA_IP_PROTO", "FRA_SPORT_RANGE", "FRA_DPORT_RANGE", "FRA_UID_RANGE")
+        for name in (
+            "FRA_IIFNAME",
+            "FRA_OIFNAME",
+            "FRA_IP_PROTO",
+            "FRA_SPORT_RANGE",
+            "FRA_DPORT_RANGE",
+            "FRA_UID_RANGE",
+        )
     )
     action = message["action"]
     table = message.get_attr("FRA_TABLE") or message["table"] if action == _ACTION_LOOKUP else 0

@@ -70,6 +70,7 @@ class _Session:
     sequence: int = 0
     waiting: dict[int, asyncio.Future[None]] = field(default_factory=dict)
     dumps: dict[int, asyncio.Future[wire.DumpReply]] = field(default_factory=dict)
+    served: set[str] = field(default_factory=set)  # uids of pods that ztunnel has acknowledged
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
 
@@ -152,7 +153,8 @@ class ZtunnelLink:
             ZtunnelAway: none is connected; the pod goes out when one is.
             ZtunnelRefused: it cannot serve the pod.
         """
-        if self._pods.get(pod.uid) == pod and self.connected:
+        session = self._session
+        if self._pods.get(pod.uid) == pod and session is not None and pod.uid in session.served:
             return
         self._pods[pod.uid] = pod
         await self._change(wire.AgentFrame(pod_add=pod.message), (pod.netns_fd, *pod.listener_fds))
@@ -180,9 +182,7 @@ class ZtunnelLink:
         self._bundle = roots_pem
         await self._change(wire.AgentFrame(trust_bundle=wire.TrustBundle(roots_pem=roots_pem)))
 
-    async def apply_resources(
-        self, upserts: Sequence[wire.Resource], removals: Sequence[wire.ResourceName]
-    ) -> None:
+    async def apply_resources(self, upserts: Sequence[wire.Resource], removals: Sequence[wire.ResourceName]) -> None:
         """Hands xDS resources on and waits for a ztunnel that has applied them, however long that takes.
 
         The control plane is told "acknowledged" only after this, so nobody counts on a state that no ztunnel of
@@ -194,16 +194,14 @@ class ZtunnelLink:
             self._resources.pop((name.type_url, name.name), None)
         while True:
             try:
-                await self._change(
-                    wire.AgentFrame(resources=wire.Resources(upserts=upserts, removals=removals))
-                )
+                await self._change(wire.AgentFrame(resources=wire.Resources(upserts=upserts, removals=removals)))
             except ZtunnelAway:
                 await self._ready.wait()
                 return  # the snapshot of the connection held it
             else:
                 return
 
-    async def dump(self, kind: wire.DumpKind) -> wire.DumpReply:
+    async def dump(self, kind: wire.DumpKind.ValueType) -> wire.DumpReply:
         """Asks ztunnel for a part of its state.
 
         Raises:
@@ -290,9 +288,7 @@ class ZtunnelLink:
         listeners = {ListenerSlot(slot): fd for slot, fd in zip(held.listeners, fds[1:], strict=True)}
         await self._on_held(HeldPod(held.uid, held.netns_inode, fds[0], listeners))
 
-    async def _send_snapshot(
-        self, session: _Session, held_pods: Iterable[str], held: dict[ResourceKey, str]
-    ) -> None:
+    async def _send_snapshot(self, session: _Session, held_pods: Iterable[str], held: dict[ResourceKey, str]) -> None:
         """Sends what the peer lacks. Changes made meanwhile go out behind it: they read the same state."""
         try:
             await self._tell(session, wire.AgentFrame(hello=self._hello))
@@ -341,6 +337,8 @@ class ZtunnelLink:
         try:
             await session.channel.send(frame.SerializeToString(), fds)
             await acknowledged
+            if frame.HasField("pod_add"):
+                session.served.add(frame.pod_add.uid)
         except FrameError as e:
             raise ZtunnelAway(f"ztunnel went away: {e}") from e
         except ZtunnelRefused:

@@ -179,7 +179,7 @@ class Map:
         """Whether the key was there."""
         return bool(_lib().c.bpf_map_delete_elem(self.fd, self._key(key)) == 0)
 
-    def keys(self) -> Iterator[bytes]:
+    def __iter__(self) -> Iterator[bytes]:
         """The keys present when the walk passes; entries may come and go meanwhile."""
         previous: ctypes.Array[ctypes.c_char] | None = None
         while True:
@@ -190,7 +190,7 @@ class Map:
             previous = following
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
-        for key in list(self.keys()):
+        for key in list(self):
             value = self.lookup(key)
             if value is not None:
                 yield key, value
@@ -295,9 +295,7 @@ _LINK_NETNS: Final = 5
 
 def link_create(program_fd: int, target_fd: int, attach_type: AttachType, what: str) -> int:
     """Attaches and returns the link's FD; `what` names program and target in errors."""
-    return _check(
-        _lib().c.bpf_link_create(program_fd, target_fd, int(attach_type), None), f"cannot attach {what}"
-    )
+    return _check(_lib().c.bpf_link_create(program_fd, target_fd, int(attach_type), None), f"cannot attach {what}")
 
 
 def link_update(link_fd: int, program_fd: int, what: str) -> None:

@@ -61,9 +61,7 @@ class Steering:
         self.object.close()
 
 
-def load(
-    objects: Path, pins: Path, pod_id: int, shared: Mapping[str, libbpf.Map], replace: bool = False
-) -> Steering:
+def load(objects: Path, pins: Path, pod_id: int, shared: Mapping[str, libbpf.Map], replace: bool = False) -> Steering:
     """Loads the pod's program over its pinned listener map, if there is one. Attaches nothing yet.
 
     Args:

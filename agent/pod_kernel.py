@@ -1,0 +1,249 @@
+"""Everything that one enrolled pod has in the kernel. Each method is idempotent and checks the kernel itself.
+
+All of it blocks (netlink, bpf(2), setns), so the event loop calls it in a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from pyroute2 import IPRoute
+
+from undermesh.agent import listeners, netns, routing
+from undermesh.agent.bpf import layout, pod_steering
+from undermesh.agent.bpf.layout import EnrolmentFlags, IPAddress, ListenerSlot
+from undermesh.agent.bpf.node_capture import Capture
+from undermesh.agent.fd_store import FdStore
+from undermesh.agent.pod_record import PodRecord, PodRecords
+
+log = logging.getLogger(__name__)
+
+_FWMARK_ACCEPT: Final = Path("/proc/sys/net/ipv4/tcp_fwmark_accept")
+
+
+@dataclass
+class KernelContext:
+    """What the pods of a node share."""
+
+    objects: Path
+    capture: Capture
+    records: PodRecords
+    store: FdStore
+
+
+@dataclass
+class PodKernel:
+    """One pod's namespace and what is ours in it. `netns_fd` belongs to this object."""
+
+    context: KernelContext
+    record: PodRecord
+    netns_fd: int
+    sockets: dict[ListenerSlot, socket.socket] = field(default_factory=dict)
+    delivery_ports: list[listeners.PortRange] = field(default_factory=list)
+    devices: frozenset[int] = frozenset()
+    _steering: pod_steering.Steering | None = None
+    _cookie: int = 0
+
+    @property
+    def cookie(self) -> int:
+        if not self._cookie:
+            self._cookie = netns.cookie(self.netns_fd)
+        return self._cookie
+
+    @property
+    def pins(self) -> Path:
+        return self.context.capture.pins / "pods" / self.record.uid
+
+    # === present ===
+
+    def ensure_routing(self, addresses: Sequence[IPAddress]) -> list[str]:
+        """Sysctl, rules and routes; returns what had to be made or mended.
+
+        Raises:
+            RoutingError: another owner's rule stands ahead of ours.
+        """
+        mended = netns.run_in(self.netns_fd, lambda: self._routing(addresses))
+        self._publish_devices()
+        return mended
+
+    def _routing(self, addresses: Sequence[IPAddress]) -> list[str]:
+        mended = []
+        present = _FWMARK_ACCEPT.read_text().strip()
+        if self.record.fwmark_accept is None:
+            self.record.fwmark_accept = present
+            self.context.records.save(self.record)
+        if present != "1":
+            _FWMARK_ACCEPT.write_text("1")
+            mended.append("tcp_fwmark_accept")
+        self.delivery_ports = listeners.delivery_ports(listeners.ephemeral_range())
+        devices: set[int] = set()
+        with IPRoute() as netlink:
+            for family in routing.FAMILIES:
+                state = routing.read(netlink, family, self.record.tables.get(family))
+                steps = routing.plan_present(state, addresses)
+                if self.record.tables.get(family) != steps.table:
+                    self.record.tables[family] = steps.table
+                    self.context.records.save(self.record)
+                if steps:
+                    routing.apply(netlink, family, steps)
+                    mended.append(f"{'IPv4' if family == socket.AF_INET else 'IPv6'} rules and routes")
+                devices |= {route.ifindex for route in routing.wanted_routes(state, addresses)}
+        self.devices = frozenset(devices)
+        return mended
+
+    def _publish_devices(self) -> None:
+        pod_devices = self.context.capture.maps["pod_devices"]
+        wanted = {layout.PodDevice(self.record.pod_id, index).pack() for index in self.devices}
+        for key in list(pod_devices):
+            if layout.PodDevice.unpack(key).pod == self.record.pod_id and key not in wanted:
+                pod_devices.delete(key)
+        for key in wanted:
+            pod_devices.update(key, layout.u32(1))
+
+    def adopt_listeners(self, fds: Mapping[ListenerSlot, int]) -> None:
+        """Takes over listeners that survived the agent; those of slots we have already are closed."""
+        for slot, fd in fds.items():
+            if slot in self.sockets:
+                os.close(fd)
+            else:
+                self.sockets[slot] = socket.socket(fileno=fd)
+
+    def ensure_listeners(self, avoid: Iterable[int]) -> list[str]:
+        """The listeners of each family that the namespace has; kept in the FD store too.
+
+        Raises:
+            OSError: a listener cannot be made.
+        """
+        ipv6 = netns.run_in(self.netns_fd, _ipv6_on)
+        missing = [slot for slot in listeners.wanted_slots(ipv6) if slot not in self.sockets]
+        if not missing:
+            return []
+        old_name = self._store_name() if self.sockets else None
+        self.sockets |= netns.run_in(self.netns_fd, lambda: listeners.make(missing, avoid))
+        fds = [self.sockets[slot].fileno() for slot in sorted(self.sockets)]
+        self.context.store.store(self._store_name(), fds)
+        if old_name is not None:
+            self.context.store.drop(old_name)
+        return ["listeners"]
+
+    def _store_name(self) -> str:
+        slots = ",".join(str(int(slot)) for slot in sorted(self.sockets))
+        return f"pod {self.record.uid} {slots}"
+
+    def ensure_inbound(self) -> list[str]:
+        """Steering with every listener in its slot. To be called once ztunnel accepts on them."""
+        mended = []
+        if self._steering is None:
+            self._steering = pod_steering.load(
+                self.context.objects, self.pins, self.record.pod_id, self.context.capture.shared_maps
+            )
+        for slot, sock in self.sockets.items():
+            if self._steering.listener_cookie(slot) != listeners.socket_cookie(sock):
+                self._steering.set_listener(slot, sock.fileno())
+                mended.append(f"listener slot {slot.name}")
+        mended += self._ensure_entries(EnrolmentFlags.INBOUND)
+        if self._steering.attach(self.netns_fd):
+            mended.append("steering link")
+        return mended
+
+    def ensure_outbound(self, on: bool) -> list[str]:
+        """Capture of new connections on or off."""
+        flags = EnrolmentFlags.INBOUND | EnrolmentFlags.OUTBOUND if on else EnrolmentFlags.INBOUND
+        return self._ensure_entries(flags, exactly=True)
+
+    def _ensure_entries(self, flags: EnrolmentFlags, exactly: bool = False) -> list[str]:
+        maps = self.context.capture.maps
+        pod = layout.Pod(self.record.uid, self.cookie, self.record.netns_inode).pack()
+        mended = []
+        key = layout.u32(self.record.pod_id)
+        if maps["pods"].lookup(key) != pod:
+            maps["pods"].update(key, pod)
+            mended.append("pods entry")
+        present = maps["enrolled"].lookup(layout.u64(self.cookie))
+        if present is not None and not exactly:
+            flags |= layout.Enrolment.unpack(present).flags
+        wanted = layout.Enrolment(self.record.pod_id, flags).pack()
+        if present != wanted:
+            maps["enrolled"].update(layout.u64(self.cookie), wanted)
+            mended.append("enrolled entry")
+        return mended
+
+    @property
+    def present_flags(self) -> EnrolmentFlags:
+        """What the kernel steers of this pod right now, whoever set it."""
+        present = self.context.capture.maps["enrolled"].lookup(layout.u64(self.cookie))
+        return EnrolmentFlags(0) if present is None else layout.Enrolment.unpack(present).flags
+
+    # === absent ===
+
+    def stop_inbound(self) -> None:
+        """New connections go straight to the app; what ztunnel holds goes on."""
+        pod_steering.detach(self.pins)
+
+    def remove(self, namespace_lives: bool) -> None:
+        """Takes everything out, in an order that leaves nothing half steered.
+
+        Args:
+            namespace_lives: also undo sysctl, rules and routes; in a dead namespace they died with it.
+        """
+        self.context.capture.maps["enrolled"].delete(layout.u64(self.cookie))
+        pod_steering.detach(self.pins)
+        if self._steering is not None:
+            self._steering.close()
+            self._steering = None
+        if namespace_lives:
+            netns.run_in(self.netns_fd, self._unroute)
+        self.devices = frozenset()
+        self.forget()
+
+    def forget(self) -> None:
+        """Takes out what is left of a pod whose namespace is gone: pins, map entries, kept listeners."""
+        maps = self.context.capture.maps
+        for key, value in maps["enrolled"].items():
+            if layout.Enrolment.unpack(value).pod == self.record.pod_id:
+                maps["enrolled"].delete(key)
+        pod_steering.remove(self.pins)
+        self._publish_devices()
+        maps["pods"].delete(layout.u32(self.record.pod_id))
+        self.close()
+        self.context.records.remove(self.record.uid)
+
+    def _unroute(self) -> None:
+        with IPRoute() as netlink:
+            for family in routing.FAMILIES:
+                state = routing.read(netlink, family, self.record.tables.get(family))
+                routing.apply(netlink, family, routing.plan_absent(state))
+        if self.record.fwmark_accept is not None:
+            _FWMARK_ACCEPT.write_text(self.record.fwmark_accept)
+
+    def close(self) -> None:
+        """Gives up the namespace and the listeners; kept FDs would keep both alive."""
+        if self.sockets:
+            self.context.store.drop(self._store_name())
+        for sock in self.sockets.values():
+            sock.close()
+        self.sockets.clear()
+        if self.netns_fd >= 0:
+            os.close(self.netns_fd)
+            self.netns_fd = -1
+
+
+def parse_store_name(name: str) -> tuple[str, list[ListenerSlot]] | None:
+    """The pod uid and slots of a name in the FD store, None if it is none of ours."""
+    match name.split(" "):
+        case ["pod", uid, slots]:
+            return uid, [ListenerSlot(int(slot)) for slot in slots.split(",")]
+    return None
+
+
+def _ipv6_on() -> bool:
+    try:
+        return Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").read_text().strip() == "0"
+    except FileNotFoundError:
+        return False

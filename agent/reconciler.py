@@ -1,0 +1,301 @@
+"""Brings the pods of this node to what their labels ask for, against the kernel's real state.
+
+One iteration (`reconcile`) looks at the objects and at /proc, starts and ends one PodWorker per pod, and mends the
+node-wide kernel state; tests call it directly. The loop around it runs every two seconds and at each change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from undermesh.agent import cgroups, node_kernel
+from undermesh.agent.bpf.layout import ListenerSlot
+from undermesh.agent.netlink_watch import NetlinkWatch
+from undermesh.agent.pod_kernel import KernelContext, PodKernel, parse_store_name
+from undermesh.agent.pod_record import PodRecord
+from undermesh.agent.pod_worker import PodFacts, PodWorker, Publisher, State
+from undermesh.agent.settings import Settings
+from undermesh.agent.ztunnel_link import HeldPod, ZtunnelLink
+from undermesh.api.core import Pod
+from undermesh.api.enrolment import desired_enrolment
+from undermesh.api.identity import SpiffeId, workload_uid
+from undermesh.api.objects import Objects
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S: Final = 2.0
+
+
+class Certificates(Protocol):
+    """Keeps a certificate for each identity that is wanted."""
+
+    def want(self, identities: frozenset[SpiffeId]) -> None: ...
+
+    def error(self, identity: str) -> str: ...
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A pod's namespace as found in /proc."""
+
+    pid: int
+    netns_inode: int
+
+
+@dataclass(frozen=True)
+class PodView:
+    """One pod of this node as status shows it."""
+
+    pod: Pod
+    identity: str
+    desired: bool
+    state: State
+    reason: str
+    worker: PodWorker | None
+
+
+class Reconciler:
+    """Owns the workers. Everything it is given outlives it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        context: KernelContext,
+        node: node_kernel.NodeKernel,
+        link: ZtunnelLink,
+        publisher: Publisher,
+        certificates: Certificates,
+        objects: Callable[[], Objects],
+    ) -> None:
+        self._settings = settings
+        self._context = context
+        self._node = node
+        self._link = link
+        self._publisher = publisher
+        self._certificates = certificates
+        self._objects = objects
+        self._workers: dict[str, PodWorker] = {}
+        self._watches: dict[str, NetlinkWatch] = {}
+        self._records = context.records.load()
+        self._kept: dict[str, dict[ListenerSlot, int]] = {}
+        self._own_netns = os.stat("/proc/self/ns/net").st_ino
+        self._wake = asyncio.Event()
+        self._below = "/" + str(settings.cgroup_root.relative_to(node.cgroup_mount)).strip(".")
+        self._reasons: dict[str, str] = {}
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    # === what survived the agent ===
+
+    def take_kept_listeners(self) -> None:
+        """Listeners from the FD store; those of pods without a record are closed."""
+        for name, fds in self._context.store.take().items():
+            parsed = parse_store_name(name)
+            if parsed is None or len(parsed[1]) != len(fds) or parsed[0] not in self._records:
+                log.warning("the FD store held %r, which belongs to no pod that is known: dropped", name)
+                self._context.store.drop(name)
+                for fd in fds:
+                    os.close(fd)
+                continue
+            self._keep(parsed[0], dict(zip(parsed[1], fds, strict=True)))
+
+    async def on_held(self, held: HeldPod) -> None:
+        """A ztunnel that connects gives back what it serves: used where the FD store had nothing."""
+        os.close(held.netns_fd)
+        worker = self._workers.get(held.uid)
+        record = self._records.get(held.uid)
+        if worker is None and record is not None and record.netns_inode == held.netns_inode:
+            self._keep(held.uid, held.listeners)
+            return
+        for fd in held.listeners.values():
+            os.close(fd)
+
+    def lacking_listeners(self) -> bool:
+        """Whether a recorded pod's listeners may still come from ztunnel."""
+        return any(uid not in self._kept for uid in self._records)
+
+    def _keep(self, uid: str, fds: dict[ListenerSlot, int]) -> None:
+        kept = self._kept.setdefault(uid, {})
+        for slot, fd in fds.items():
+            if slot in kept:
+                os.close(fd)
+            else:
+                kept[slot] = fd
+
+    # === the loop ===
+
+    async def run(self) -> None:
+        """Reconciles for ever."""
+        while True:
+            self._wake.clear()
+            await self.reconcile()
+            try:
+                await asyncio.wait_for(self._wake.wait(), INTERVAL_S)
+            except TimeoutError:
+                continue
+
+    async def reconcile(self) -> None:
+        """One iteration: stop first, start later."""
+        objects = self._objects()
+        pods = {pod.metadata.uid: pod for pod in objects.pods_on(self._settings.node)}
+        seen = await asyncio.to_thread(self._observe)
+        await self._drop_gone(pods, seen)
+        for uid, pod in pods.items():
+            self._adjust(uid, self._facts(pod, objects), pod, seen.get(uid))
+        self._forget_records(pods)
+        wanted = {SpiffeId.parse(worker.facts.identity) for worker in self._workers.values()}
+        wanted |= {
+            SpiffeId.parse(self._facts(pod, objects).identity)
+            for pod in pods.values()
+            if self._facts(pod, objects).enrolled
+        }
+        self._certificates.want(frozenset(wanted))
+        probes = node_kernel.probe_ports(
+            (self._workers[uid].kernel.record.pod_id, pod.addresses, pod.probe_ports)
+            for uid, pod in pods.items()
+            if uid in self._workers
+        )
+        await asyncio.to_thread(self._node.ensure, probes)
+
+    def _observe(self) -> dict[str, Observation]:
+        found = {}
+        for uid, pids in cgroups.pod_processes(self._below).items():
+            for pid in pids:
+                try:
+                    inode = os.stat(f"/proc/{pid}/ns/net").st_ino
+                except FileNotFoundError:
+                    continue
+                if inode != self._own_netns:
+                    found[uid] = Observation(pid, inode)
+                    break
+        return found
+
+    async def _drop_gone(self, pods: Mapping[str, Pod], seen: Mapping[str, Observation]) -> None:
+        for uid, worker in list(self._workers.items()):
+            now = seen.get(uid)
+            replaced = now is not None and now.netns_inode != worker.kernel.record.netns_inode
+            finished = uid in pods and pods[uid].finished
+            if uid not in pods or replaced or finished:
+                reason = "its network namespace was replaced" if replaced else "it is gone"
+                log.info("pod %s/%s: %s", worker.facts.namespace, worker.facts.name, reason)
+                await worker.abandon()
+
+    def _adjust(self, uid: str, facts: PodFacts, pod: Pod, seen: Observation | None) -> None:
+        worker = self._workers.get(uid)
+        if worker is not None:
+            worker.update(facts)
+            return
+        if not facts.enrolled and uid not in self._records:
+            self._reasons[uid] = facts.reason
+            return
+        if pod.finished:
+            self._reasons[uid] = facts.reason
+            return
+        if seen is None:
+            self._reasons[uid] = "no process of the pod with a network namespace of its own was found yet"
+            return
+        self._start(uid, facts, seen)
+
+    def _start(self, uid: str, facts: PodFacts, seen: Observation) -> None:
+        try:
+            netns_fd = os.open(f"/proc/{seen.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return  # the process ended just now: the next iteration finds another
+        if os.fstat(netns_fd).st_ino != seen.netns_inode:
+            os.close(netns_fd)
+            return
+        kernel = PodKernel(self._context, self._record_of(facts, seen), netns_fd)
+        kernel.adopt_listeners(self._kept.pop(uid, {}))
+        self._reasons.pop(uid, None)
+        self._workers[uid] = worker = PodWorker(
+            facts, kernel, self._link, self._publisher, self._certificates.error, self._on_gone
+        )
+        self._watches[uid] = NetlinkWatch(netns_fd, worker.wake)
+
+    def _record_of(self, facts: PodFacts, seen: Observation) -> PodRecord:
+        record = self._records.get(facts.uid)
+        if record is not None and record.netns_inode == seen.netns_inode:
+            return record
+        if record is not None:
+            self._discard(record)
+        record = PodRecord(facts.uid, facts.namespace, facts.name, self._free_pod_id(), seen.netns_inode)
+        self._context.records.save(record)
+        self._records[facts.uid] = record
+        return record
+
+    def _free_pod_id(self) -> int:
+        """A number that no pod of this node has had lately: what names an older pod must never fit a newer one."""
+        used = {int.from_bytes(key, "little") for key in self._context.capture.maps["pods"]}
+        used |= {record.pod_id for record in self._records.values()}
+        while True:
+            candidate = random.randrange(1, 1 << 32)
+            if candidate not in used:
+                return candidate
+
+    def _on_gone(self, worker: PodWorker) -> None:
+        uid = worker.facts.uid
+        if self._workers.get(uid) is worker:
+            del self._workers[uid]
+        watch = self._watches.pop(uid, None)
+        if watch is not None:
+            watch.close()
+        self._records.pop(uid, None)
+        self.wake()
+
+    def _forget_records(self, pods: Mapping[str, Pod]) -> None:
+        """Pods that went while the agent was away leave pins, entries and kept listeners: out with them."""
+        for uid, record in list(self._records.items()):
+            if uid not in pods and uid not in self._workers:
+                self._discard(record)
+
+    def _discard(self, record: PodRecord) -> None:
+        kernel = PodKernel(self._context, record, -1)
+        kernel.adopt_listeners(self._kept.pop(record.uid, {}))
+        kernel.forget()
+        self._records.pop(record.uid, None)
+
+    def _facts(self, pod: Pod, objects: Objects) -> PodFacts:
+        wish = desired_enrolment(pod, objects.namespace_of(pod))
+        metadata = pod.metadata
+        identity = SpiffeId(self._settings.trust_domain, metadata.namespace, pod.spec.service_account_name)
+        return PodFacts(
+            uid=metadata.uid,
+            namespace=metadata.namespace,
+            name=metadata.name,
+            service_account=pod.spec.service_account_name,
+            identity=str(identity),
+            workload_uid=workload_uid(self._settings.cluster, metadata.namespace, metadata.name),
+            addresses=pod.addresses,
+            declared_ports=frozenset(p.container_port for c in pod.containers for p in c.ports),
+            enrolled=wish.enrolled,
+            reason=wish.reason,
+        )
+
+    # === for status, and the end ===
+
+    def view(self) -> list[PodView]:
+        """Every pod of this node, enrolled or not."""
+        objects = self._objects()
+        views = []
+        for pod in objects.pods_on(self._settings.node):
+            facts = self._facts(pod, objects)
+            worker = self._workers.get(facts.uid)
+            state = worker.state if worker else State.ENROLLING if facts.enrolled else State.PLAIN
+            reason = worker.reason if worker else self._reasons.get(facts.uid, facts.reason)
+            views.append(PodView(pod, facts.identity, facts.enrolled, state, reason, worker))
+        return views
+
+    async def stop(self) -> None:
+        """Ends the workers; the kernel state stays as it is."""
+        for worker in list(self._workers.values()):
+            await worker.stop()
+        for watch in self._watches.values():
+            watch.close()
+        self._watches.clear()

@@ -1,0 +1,87 @@
+"""What one agent is told at start: parsed once, passed on as one object."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from undermesh.agent import cgroups
+from undermesh.agent.bpf.layout import LAYOUT_VERSION
+
+EXIT_USAGE: Final = 64  # sysexits.h EX_USAGE: the supervisor does not start us again
+EXIT_UNAVAILABLE: Final = 69  # EX_UNAVAILABLE: the kernel or the machine lacks something
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the agent.
+
+    Attributes:
+        node: the Kubernetes node this agent serves.
+        source: directory with the objects.
+        run_dir: sockets and state that a restart of the agent survives; a tmpfs.
+        pin_dir: our folder in bpffs.
+        cgroup_root: the node's root in cgroup2; capture is attached here.
+        bpf_dir: the compiled BPF objects.
+        control_plane: host:port of CA, discovery and reports.
+        control_plane_name: the name in the control plane's certificate.
+        ca_root: file with the roots that the control plane and all peers chain to.
+        token: file with the agent's pod-bound token.
+    """
+
+    node: str
+    source: Path
+    run_dir: Path
+    pin_dir: Path
+    cgroup_root: Path
+    bpf_dir: Path
+    control_plane: str
+    control_plane_name: str
+    ca_root: Path
+    token: Path
+    trust_domain: str
+    cluster: str
+    network: str
+    root_namespace: str
+    log_level: str
+
+    @property
+    def pins(self) -> Path:
+        return self.pin_dir / f"v{LAYOUT_VERSION}"
+
+
+def parse(arguments: Sequence[str] | None = None) -> Settings:
+    """Reads the command line; argparse ends the process on a wrong one."""
+    parser = argparse.ArgumentParser(prog="undermesh.agent", description="Enrols the pods of one node into the mesh.")
+    parser.add_argument("--node", required=True, help="name of the Kubernetes node")
+    parser.add_argument("--source", type=_directory, required=True, help="directory of Kubernetes YAML files")
+    parser.add_argument("--run-dir", type=Path, default=Path("/run/undermesh"))
+    parser.add_argument("--pin-dir", type=Path, default=Path("/sys/fs/bpf/undermesh"))
+    parser.add_argument("--cgroup-root", type=_directory, default=None, help="default: the cgroup2 mount")
+    parser.add_argument("--bpf-dir", type=_directory, required=True, help="directory of the BPF objects")
+    parser.add_argument("--control-plane", required=True, metavar="HOST:PORT")
+    parser.add_argument("--control-plane-name", default="undermesh.undermesh-system.svc")
+    parser.add_argument("--ca-root", type=Path, required=True, help="PEM file of the trusted roots")
+    parser.add_argument("--token", type=Path, required=True, help="file with the pod-bound token")
+    parser.add_argument("--trust-domain", default="cluster.local")
+    parser.add_argument("--cluster", default="Kubernetes")
+    parser.add_argument("--network", default="")
+    parser.add_argument("--root-namespace", default="undermesh-system")
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    values = vars(parser.parse_args(arguments))
+    if values["cgroup_root"] is None:
+        try:
+            values["cgroup_root"] = cgroups.find_mount()
+        except cgroups.CgroupError as e:
+            parser.error(str(e))
+    return Settings(**values)
+
+
+def _directory(text: str) -> Path:
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a directory")
+    return path
