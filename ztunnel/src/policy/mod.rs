@@ -1,0 +1,255 @@
+//! L4 authorization: which connections a workload accepts. Pure: no I/O and no clock.
+//!
+//! The applicable policies of a workload are those of its namespace, the global ones and those that it names.
+//! Any DENY match refuses; without ALLOW policies all else is accepted; with them one must match.
+//!
+//! Deliberate differences from Istio's ztunnel, all towards refusing more:
+//! * a policy that a workload names and that is unknown here refuses, instead of being skipped;
+//! * a policy with a value that cannot be understood (a bad address, a port above 65535, an empty string) fails
+//!   closed as a whole, instead of losing that value;
+//! * principals match with and without `spiffe://`, instead of never matching with it.
+
+mod compile;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::SocketAddr,
+    sync::Arc,
+};
+
+use crate::{
+    identity::Identity,
+    proto::security::{Action, Authorization, Scope},
+};
+use compile::{Facts, Rules, Uncompilable};
+
+/// What policy can know of a connection. IPv4-mapped addresses count as IPv4.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// From the peer's certificate; `None`: plaintext.
+    pub source_identity: Option<Identity>,
+    pub source: SocketAddr,
+    pub destination: SocketAddr,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Allow,
+    Deny {
+        /// `namespace/name` of the policy that decided; `None`: no policy allowed it.
+        policy: Option<String>,
+        reason: String,
+    },
+}
+
+/// A policy that cannot be compiled and now fails closed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("policy {policy}: {field}: {cause}. Until it is corrected it {effect}")]
+pub struct Error {
+    pub policy: String,
+    /// Path of the field in the protobuf message.
+    pub field: String,
+    pub cause: String,
+    effect: &'static str,
+}
+
+/// One policy, for dumps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Summary<'a> {
+    pub name: &'a str,
+    pub scope: &'static str,
+    pub action: &'static str,
+    pub dry_run: bool,
+    pub rules: usize,
+    /// Why it fails closed.
+    pub error: Option<&'a str>,
+}
+
+/// Every policy that this node knows, ready for evaluation.
+#[derive(Clone, Debug, Default)]
+pub struct PolicySet {
+    by_name: BTreeMap<String, Arc<Policy>>,
+    global: Vec<Arc<Policy>>,
+    by_namespace: HashMap<String, Vec<Arc<Policy>>>,
+}
+
+#[derive(Debug)]
+struct Policy {
+    name: String,
+    namespace: String,
+    scope: Scope,
+    action: Action,
+    dry_run: bool,
+    rule_count: usize,
+    rules: Rules,
+    error: Option<String>,
+}
+
+// === impl PolicySet ===
+
+impl PolicySet {
+    /// Adds a policy under its `namespace/name`, or replaces it.
+    ///
+    /// # Errors
+    /// If the policy cannot be compiled. The policy that failed closed stands in its place then: an ALLOW that
+    /// matches nothing, or a DENY that matches everything in its scope.
+    pub fn upsert(&mut self, name: &str, proto: &Authorization) -> Result<(), Error> {
+        let (policy, outcome) = match Policy::compile(name, proto) {
+            Ok(policy) => (policy, Ok(())),
+            Err(cause) => {
+                let (policy, error) = Policy::fail_closed(name, proto, cause);
+                (policy, Err(error))
+            }
+        };
+        self.remove(name);
+        let policy = Arc::new(policy);
+        if let Some(index) = self.index_of(&policy) {
+            let at = index.partition_point(|other| other.name < policy.name);
+            index.insert(at, Arc::clone(&policy));
+        }
+        self.by_name.insert(name.to_owned(), policy);
+        outcome
+    }
+
+    /// Forgets a policy. Workloads that still name it are refused everything.
+    pub fn remove(&mut self, name: &str) {
+        let Some(policy) = self.by_name.remove(name) else { return };
+        let Some(index) = self.index_of(&policy) else { return };
+        index.retain(|other| other.name != name);
+        if policy.scope == Scope::Namespace && index.is_empty() {
+            self.by_namespace.remove(&policy.namespace);
+        }
+    }
+
+    /// All policies in order of name.
+    pub fn iter(&self) -> impl Iterator<Item = Summary<'_>> {
+        self.by_name.values().map(|policy| Summary {
+            name: &policy.name,
+            scope: policy.scope.as_str_name(),
+            action: policy.action.as_str_name(),
+            dry_run: policy.dry_run,
+            rules: policy.rule_count,
+            error: policy.error.as_deref(),
+        })
+    }
+
+    /// Whether a workload accepts a connection. `workload_policies` are the `namespace/name`s that it names.
+    /// Dry-run policies only log what they match.
+    pub fn evaluate(
+        &self,
+        workload_namespace: &str,
+        workload_policies: &[String],
+        connection: &Connection,
+    ) -> Verdict {
+        let facts = Facts::of(connection);
+        let applicable = || {
+            self.global
+                .iter()
+                .chain(self.by_namespace.get(workload_namespace).into_iter().flatten())
+                .chain(workload_policies.iter().filter_map(|name| self.by_name.get(name)))
+        };
+        let enforced = |action| applicable().filter(move |p| !p.dry_run && p.action == action);
+
+        for policy in applicable().filter(|p| p.dry_run && p.rules.match_any(&facts)) {
+            tracing::info!(
+                policy = policy.name,
+                action = policy.action.as_str_name(),
+                source = %connection.source,
+                destination = %connection.destination,
+                "dry-run policy matches"
+            );
+        }
+        if let Some(policy) = enforced(Action::Deny).find(|p| p.rules.match_any(&facts)) {
+            return policy.deny();
+        }
+        if let Some(name) = workload_policies.iter().find(|name| !self.by_name.contains_key(*name)) {
+            return unknown_policy(name);
+        }
+        let mut allows = enforced(Action::Allow).peekable();
+        if allows.peek().is_none() || allows.any(|p| p.rules.match_any(&facts)) {
+            return Verdict::Allow;
+        }
+        Verdict::Deny { policy: None, reason: "allow policies exist, but none allowed".to_owned() }
+    }
+
+    /// The list that makes a policy apply without being named.
+    fn index_of(&mut self, policy: &Policy) -> Option<&mut Vec<Arc<Policy>>> {
+        match policy.scope {
+            Scope::Global => Some(&mut self.global),
+            Scope::Namespace => Some(self.by_namespace.entry(policy.namespace.clone()).or_default()),
+            Scope::WorkloadSelector => None,
+        }
+    }
+}
+
+fn unknown_policy(name: &str) -> Verdict {
+    Verdict::Deny {
+        policy: Some(name.to_owned()),
+        reason: format!(
+            "policy {name} applies to this workload but has not arrived on this node: check that it exists \
+             and that the control plane is connected"
+        ),
+    }
+}
+
+// === impl Policy ===
+
+impl Policy {
+    fn compile(name: &str, proto: &Authorization) -> Result<Self, Uncompilable> {
+        let scope = scope_of(proto)?;
+        let action = Action::try_from(proto.action)
+            .map_err(|_| Uncompilable::new("action", format!("unknown value {}", proto.action)))?;
+        Ok(Self {
+            name: name.to_owned(),
+            namespace: proto.namespace.clone(),
+            scope,
+            action,
+            dry_run: proto.dry_run,
+            rule_count: proto.rules.len(),
+            rules: Rules::compile(&proto.rules)?,
+            error: None,
+        })
+    }
+
+    /// The strictest reading: an action that is unknown denies, a scope that is unknown is global.
+    fn fail_closed(name: &str, proto: &Authorization, cause: Uncompilable) -> (Self, Error) {
+        let action = Action::try_from(proto.action).unwrap_or(Action::Deny);
+        let (rules, effect) = match action {
+            _ if proto.dry_run => (Rules::never(), "matches nothing: it is a dry run"),
+            Action::Allow => (Rules::never(), "allows nothing"),
+            Action::Deny => (Rules::always(), "denies everything in its scope"),
+        };
+        let error = Error { policy: name.to_owned(), field: cause.field, cause: cause.cause, effect };
+        let policy = Self {
+            name: name.to_owned(),
+            namespace: proto.namespace.clone(),
+            scope: scope_of(proto).unwrap_or(Scope::Global),
+            action,
+            dry_run: proto.dry_run,
+            rule_count: proto.rules.len(),
+            rules,
+            error: Some(error.to_string()),
+        };
+        (policy, error)
+    }
+
+    fn deny(&self) -> Verdict {
+        let name = &self.name;
+        let reason = match &self.error {
+            None => format!("explicitly denied by {name}"),
+            Some(error) => format!("explicitly denied by {name}, which fails closed: {error}"),
+        };
+        Verdict::Deny { policy: Some(name.clone()), reason }
+    }
+}
+
+fn scope_of(proto: &Authorization) -> Result<Scope, Uncompilable> {
+    let scope = Scope::try_from(proto.scope)
+        .map_err(|_| Uncompilable::new("scope", format!("unknown value {}", proto.scope)))?;
+    if scope == Scope::Namespace && proto.namespace.is_empty() {
+        return Err(Uncompilable::new("namespace", "empty, but the scope is a namespace".to_owned()));
+    }
+    Ok(scope)
+}
