@@ -88,7 +88,7 @@ class PodWorker:
         kernel: PodKernel,
         link: ZtunnelLink,
         publisher: Publisher,
-        certificate_error: Callable[[str], str],
+        certificate_error: Callable[[str], str | None],
         on_gone: Callable[[PodWorker], None],
     ) -> None:
         self.facts = facts

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -35,9 +35,9 @@ INTERVAL_S: Final = 2.0
 class Certificates(Protocol):
     """Keeps a certificate for each identity that is wanted."""
 
-    def want(self, identities: frozenset[SpiffeId]) -> None: ...
+    def set_wanted(self, identities: Iterable[str]) -> None: ...
 
-    def error(self, identity: str) -> str: ...
+    def error_of(self, identity: str) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,12 @@ class Reconciler:
 
     def wake(self) -> None:
         self._wake.set()
+
+    def wake_identity(self, identity: str) -> None:
+        """The identity has a certificate now: its pods can go on."""
+        for worker in self._workers.values():
+            if worker.facts.identity == identity:
+                worker.wake()
 
     # === what survived the agent ===
 
@@ -147,16 +153,14 @@ class Reconciler:
         pods = {pod.metadata.uid: pod for pod in objects.pods_on(self._settings.node)}
         seen = await asyncio.to_thread(self._observe)
         await self._drop_gone(pods, seen)
+        wishes = {uid: self._facts(pod, objects) for uid, pod in pods.items()}
         for uid, pod in pods.items():
-            self._adjust(uid, self._facts(pod, objects), pod, seen.get(uid))
+            self._adjust(uid, wishes[uid], pod, seen.get(uid))
         self._forget_records(pods)
-        wanted = {SpiffeId.parse(worker.facts.identity) for worker in self._workers.values()}
-        wanted |= {
-            SpiffeId.parse(self._facts(pod, objects).identity)
-            for pod in pods.values()
-            if self._facts(pod, objects).enrolled
-        }
-        self._certificates.want(frozenset(wanted))
+        self._certificates.set_wanted(
+            {worker.facts.identity for worker in self._workers.values()}
+            | {facts.identity for facts in wishes.values() if facts.enrolled}
+        )
         probes = node_kernel.probe_ports(
             (self._workers[uid].kernel.record.pod_id, pod.addresses, pod.probe_ports)
             for uid, pod in pods.items()
@@ -215,7 +219,7 @@ class Reconciler:
         kernel.adopt_listeners(self._kept.pop(uid, {}))
         self._reasons.pop(uid, None)
         self._workers[uid] = worker = PodWorker(
-            facts, kernel, self._link, self._publisher, self._certificates.error, self._on_gone
+            facts, kernel, self._link, self._publisher, self._certificates.error_of, self._on_gone
         )
         self._watches[uid] = NetlinkWatch(netns_fd, worker.wake)
 

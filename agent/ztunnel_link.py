@@ -103,6 +103,7 @@ class ZtunnelLink:
         self._bundle = b""
         self._resources: dict[ResourceKey, wire.Resource] = {}
         self._snapshot_complete = asyncio.Event()
+        self._greeted = asyncio.Event()
 
     # === state of the connection ===
 
@@ -119,6 +120,14 @@ class ZtunnelLink:
     def allow_snapshot(self) -> None:
         """From now on a ztunnel may be told that it knows everything (the control plane's state is here)."""
         self._snapshot_complete.set()
+
+    async def wait_greeted(self, *, within_s: float) -> bool:
+        """Whether a ztunnel has said within that many seconds what it holds."""
+        try:
+            await asyncio.wait_for(self._greeted.wait(), within_s)
+        except TimeoutError:
+            return False
+        return True
 
     def start(self) -> None:
         """Makes the socket and begins to accept.
@@ -182,6 +191,10 @@ class ZtunnelLink:
         self._bundle = roots_pem
         await self._change(wire.AgentFrame(trust_bundle=wire.TrustBundle(roots_pem=roots_pem)))
 
+    def seed_resources(self, resources: Iterable[wire.Resource]) -> None:
+        """State that survived a restart of the agent, before any ztunnel has connected."""
+        self._resources |= {(resource.type_url, resource.name): resource for resource in resources}
+
     async def apply_resources(self, upserts: Sequence[wire.Resource], removals: Sequence[wire.ResourceName]) -> None:
         """Hands xDS resources on and waits for a ztunnel that has applied them, however long that takes.
 
@@ -244,6 +257,7 @@ class ZtunnelLink:
         try:
             self._on_connect(session.pid)
             held_pods, held_resources = await self._greet(session)
+            self._greeted.set()
             snapshot = asyncio.create_task(self._send_snapshot(session, held_pods, held_resources))
             session.tasks.add(snapshot)
             snapshot.add_done_callback(session.tasks.discard)

@@ -1,0 +1,239 @@
+"""The running agent of one node: makes the parts, connects them, and ends them.
+
+What is asked of whom: the source says which pods there are, the reconciler brings the kernel there, the control
+plane's clients bring certificates and xDS state, the link hands all of it to ztunnel, the API shows it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import Any
+
+from undermesh.agent import cgroups, fd_store, features
+from undermesh.agent.api import Api
+from undermesh.agent.bpf import node_capture
+from undermesh.agent.certificates import CertificateManager, Issued, RootsChanged, Withdrawn
+from undermesh.agent.control import ControlPlane, ControlPlaneSettings
+from undermesh.agent.features import Check
+from undermesh.agent.node_kernel import NodeKernel
+from undermesh.agent.pod_kernel import KernelContext
+from undermesh.agent.pod_record import PodRecords
+from undermesh.agent.pod_states import PodStates, from_kernel
+from undermesh.agent.pod_worker import State
+from undermesh.agent.reconciler import PodView, Reconciler
+from undermesh.agent.reports import Reporter
+from undermesh.agent.settings import Settings
+from undermesh.agent.xds import XdsClient
+from undermesh.agent.xds_state import Batch, Resource
+from undermesh.agent.ztunnel_link import ZtunnelAway, ZtunnelLink, ZtunnelRefused
+from undermesh.api.files import FileSource
+from undermesh.proto import node_pb2 as wire
+
+log = logging.getLogger(__name__)
+
+# How long a new agent waits for a running ztunnel to give its listeners back before it makes new ones.
+_ADOPTION_WAIT_S = 3.0
+
+
+class MachineUnfit(Exception):
+    """The kernel or the machine lacks something; one line per missing piece."""
+
+
+class NodeAgent:
+    """One agent. `run` returns when it is cancelled; the kernel state then stays."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._require_features()
+        settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._capture = node_capture.load(settings.bpf_dir, settings.pins, settings.cgroup_root)
+        self._kernel = NodeKernel(self._capture, cgroups.find_mount())
+        context = KernelContext(
+            settings.bpf_dir,
+            self._capture,
+            PodRecords(settings.run_dir / "pods"),
+            fd_store.from_environment(os.environ),
+        )
+        self._source = FileSource(settings.source)
+        self._control = ControlPlane(
+            ControlPlaneSettings(settings.control_plane, settings.ca_root, settings.token, settings.control_plane_name)
+        )
+        self._certificates = CertificateManager(self._control, state=settings.run_dir / "certificates")
+        self._xds = XdsClient(self._control, node=settings.node, apply=self._apply, state=settings.run_dir / "xds.bin")
+        self._reporter = Reporter(self._control, node=settings.node)
+        self._states = PodStates(self._reporter, from_kernel(self._capture))
+        self.link = ZtunnelLink(
+            settings.run_dir / "ztunnel.sock",
+            wire.AgentHello(
+                version=1,
+                node=settings.node,
+                cluster_id=settings.cluster,
+                network=settings.network,
+                trust_domain=settings.trust_domain,
+                root_namespace=settings.root_namespace,
+            ),
+            self._kernel.trust_ztunnel,
+            lambda held: self._reconciler.on_held(held),
+        )
+        self._reconciler = Reconciler(
+            settings,
+            context,
+            self._kernel,
+            self.link,
+            self._states,
+            self._certificates,
+            lambda: self._source.current,
+        )
+        self._api = Api(self)
+        self._xds.on_connected.append(self._certificates.retry_now)
+
+    def _require_features(self) -> None:
+        checks = features.probe(self.settings.pin_dir, self.settings.cgroup_root, self.settings.bpf_dir)
+        missing = [check for check in checks if not check.ok]
+        if missing:
+            raise MachineUnfit("\n".join(f"{c.name}: {c.detail}; {c.next_step}" for c in missing))
+
+    async def run(self) -> None:
+        """Works until cancelled, or until one of its parts fails for good (which it then raises)."""
+        self._kernel.ensure({})
+        self._reconciler.take_kept_listeners()
+        self._adopt_xds_state()
+        self._states.begin()
+        self.link.start()
+        await self._api.start(self.settings.run_dir / "agent.sock")
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._certificates.run(), name="certificates")
+                tasks.create_task(self._feed_certificates(), name="certificates to ztunnel")
+                tasks.create_task(self._xds.run(), name="xds")
+                tasks.create_task(self._reporter.run(), name="reports")
+                tasks.create_task(self._watch_source(), name="source")
+        finally:
+            await self._reconciler.stop()
+            await self.link.stop()
+            await self._api.stop()
+            await self._control.close()
+            self._capture.close()
+
+    def _adopt_xds_state(self) -> None:
+        """What the last agent had: a ztunnel that starts while the control plane is away gets it."""
+        kept = self._xds.resources()
+        self.link.seed_resources([_resource(resource) for resource in kept])
+        if kept:
+            self.link.allow_snapshot()
+
+    async def _watch_source(self) -> None:
+        objects = self._source.watch()
+        await anext(objects)
+        if self._reconciler.lacking_listeners():
+            await self.link.wait_greeted(within_s=_ADOPTION_WAIT_S)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._reconciler.run(), name="reconciler")
+            async for _ in objects:
+                self._reconciler.wake()
+
+    async def _apply(self, batch: Batch) -> None:
+        """Hands one xDS batch to ztunnel; its return acknowledges the batch to the control plane."""
+        removals = [wire.ResourceName(type_url=type_url, name=name) for type_url, name in batch.removals]
+        self.link.allow_snapshot()
+        await self.link.apply_resources([_resource(resource) for resource in batch.upserts], removals)
+
+    async def _feed_certificates(self) -> None:
+        """Passes certificates and roots on as they come; ztunnel's next snapshot holds what it missed."""
+        while True:
+            event = await self._certificates.events.get()
+            try:
+                match event:
+                    case Issued(certificate):
+                        await self.link.set_certificate(
+                            wire.Certificate(
+                                identity=certificate.identity,
+                                chain_pem=certificate.chain_pem,
+                                private_key_pem=certificate.key_pem,
+                            )
+                        )
+                        self._reconciler.wake_identity(certificate.identity)
+                    case Withdrawn(identity, reason):
+                        log.info("certificate of %s is withdrawn: %s", identity, reason)
+                        await self.link.remove_certificate(identity)
+                    case RootsChanged(roots_pem):
+                        await self.link.set_trust_bundle(roots_pem)
+            except ZtunnelAway:
+                log.debug("ztunnel is away: it gets the certificate when it connects")
+            except ZtunnelRefused as e:
+                log.error("ztunnel refused %s: %s", type(event).__name__, e)
+
+    # === for the API ===
+
+    @property
+    def node(self) -> str:
+        return self.settings.node
+
+    def pods(self) -> list[PodView]:
+        return self._reconciler.view()
+
+    def control_plane(self) -> dict[str, Any]:
+        status = self._xds.status()
+        return {"connected": status.connected, "address": status.address, "error": status.error or ""}
+
+    def certificate_errors(self) -> dict[str, str]:
+        return {state.identity: state.last_error for state in self._certificates.status() if state.last_error}
+
+    def counters(self) -> dict[str, int]:
+        return self._capture.counters()
+
+    def checks(self) -> list[Check]:
+        settings = self.settings
+        checks = features.probe(settings.pin_dir, settings.cgroup_root, settings.bpf_dir)
+        status = self._xds.status()
+        checks.append(
+            Check(
+                "control plane",
+                status.connected,
+                f"{status.address}: " + ("connected" if status.connected else status.error or "not connected"),
+                "see the control plane's log; enrolled pods go on with the last state",
+            )
+        )
+        peer = self.link.peer
+        checks.append(
+            Check(
+                "ztunnel",
+                peer is not None,
+                f"{peer[1]}, pid {peer[2]}" if peer else "not connected",
+                "see the log of the ztunnel container; connections wait meanwhile",
+            )
+        )
+        problems = self._source.errors
+        checks.append(
+            Check(
+                "objects",
+                not problems,
+                "; ".join(str(problem) for problem in problems) or "all read",
+                "mend the file: the last good state of it stands",
+            )
+        )
+        failing = [view for view in self.pods() if view.desired and view.state is not State.ENROLLED]
+        checks.append(
+            Check(
+                "pods",
+                not failing,
+                "; ".join(f"{v.pod.metadata.key}: {v.state}, {v.reason}" for v in failing) or "all as labelled",
+                "see `undermesh status`",
+            )
+        )
+        errors = self.certificate_errors()
+        checks.append(
+            Check(
+                "certificates",
+                not errors,
+                "; ".join(f"{identity}: {error}" for identity, error in errors.items()) or "all issued",
+                "see the control plane's log for the reason",
+            )
+        )
+        return checks
+
+
+def _resource(resource: Resource) -> wire.Resource:
+    return wire.Resource(type_url=resource.type_url, name=resource.name, version=resource.version, value=resource.value)
