@@ -13,9 +13,7 @@ PRELOADED = frozenset({"maps.debug", "progs.debug"})
 
 def is_mounted() -> bool:
     """Whether a bpffs is at /sys/fs/bpf."""
-    return any(
-        line.split()[1:3] == [str(BPFFS), "bpf"] for line in Path("/proc/mounts").read_text().splitlines()
-    )
+    return any(line.split()[1:3] == [str(BPFFS), "bpf"] for line in Path("/proc/mounts").read_text().splitlines())
 
 
 def mount() -> None:

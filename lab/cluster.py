@@ -46,13 +46,14 @@ class Cluster:
     Args:
         template: the directory; its *.yaml are copied to `source.path`, which the mesh reads.
         build: where the built parts are; default: where this package was imported from.
+        logs: a directory for the logs that stays; default: one in the run directory, which goes with it.
     """
 
-    def __init__(self, template: Path, *, build: Build | None = None) -> None:
+    def __init__(self, template: Path, *, build: Build | None = None, logs: Path | None = None) -> None:
         self.prefix = f"um-{secrets.token_hex(2)}"
         self.manifest = manifest.load(template)
         self.run_dir = Path("/run") / self.prefix
-        self.logs = self.run_dir / "logs"
+        self.logs = logs or self.run_dir / "logs"
         self.cgroup = cgroups.mount_point() / self.prefix
         self.nodes = {node.name: self._place(node) for node in self.manifest.nodes}
         self._template = template
@@ -128,15 +129,11 @@ class Cluster:
         node = self.nodes[found.node]
         return Place(self.prefix, cgroups.pod_scope(node.cgroup, found, container), self.netns(pod))
 
-    def exec(
-        self, pod: str, argv: Sequence[str], *, timeout: float = 20.0
-    ) -> subprocess.CompletedProcess[str]:
+    def exec(self, pod: str, argv: Sequence[str], *, timeout: float = 20.0) -> subprocess.CompletedProcess[str]:
         """Run a command inside a pod (its netns and cgroup) to its end; the caller judges the exit code."""
         return self.place(pod).run(argv, timeout=timeout)
 
-    def node_exec(
-        self, node: str, argv: Sequence[str], *, timeout: float = 20.0
-    ) -> subprocess.CompletedProcess[str]:
+    def node_exec(self, node: str, argv: Sequence[str], *, timeout: float = 20.0) -> subprocess.CompletedProcess[str]:
         """Run a command in a node's own netns, outside every pod, as the kubelet is."""
         place = self.nodes[node]
         return place.system("kubelet").run(argv, timeout=timeout)
@@ -149,6 +146,15 @@ class Cluster:
             process = self.place(pod, container).start(argv, log=log, env=env)
         self._children.append(process)
         return process
+
+    def wait_listening(self, pod: str, port: int, seconds: float = 5.0) -> None:
+        """Wait until something in the pod listens on `port`.
+
+        Raises:
+            LabError: nothing does in time.
+        """
+        name = self.netns(pod)
+        wait_for(f"listener on port {port} of {pod}", seconds, lambda: port in netns.listening_ports(name))
 
     def start_mesh(self, node: str | None = None) -> None:
         """Start undermesh on `node` (default: every node), and the control plane if it does not run.
@@ -212,9 +218,7 @@ class Cluster:
         missing: list[str] = []
 
         def reached() -> bool:
-            seen = {
-                pod["uid"]: pod for node in self.nodes for pod in self._status_or_error(node).get("pods", [])
-            }
+            seen = {pod["uid"]: pod for node in self.nodes for pod in self._status_or_error(node).get("pods", [])}
             missing.clear()
             for uid, pod in wanted.items():
                 status = seen.get(uid, {"state": "unknown to the agent"})
@@ -252,9 +256,7 @@ class Cluster:
             connection.request("GET", path)
             body = connection.getresponse().read()
         except OSError as error:
-            raise LabError(
-                f"agent of {node}: GET {path}: {error}; its log: {self.logs}/agent-{node}.log"
-            ) from error
+            raise LabError(f"agent of {node}: GET {path}: {error}; its log: {self.logs}/agent-{node}.log") from error
         finally:
             connection.close()
         answer = json.loads(body)
@@ -289,8 +291,8 @@ class Cluster:
         )
 
     def _build_all(self) -> None:
-        self.logs.mkdir(parents=True)
-        self.run_dir.chmod(0o700)
+        self.run_dir.mkdir(mode=0o700)
+        self.logs.mkdir(parents=True, exist_ok=True)
         self._source = SourceDirectory(self.run_dir / "source", self._template)
         for place in self.nodes.values():
             place.run_dir.mkdir()
@@ -298,9 +300,7 @@ class Cluster:
             netns.set_sysctls(place.netns, network.NODE_SYSCTLS)
         for one, interface, other, other_interface in network.underlay(self.manifest):
             other_netns = self.nodes[other.name].netns
-            ip_batch(
-                self.nodes[one.name].netns, network.underlay_link(interface, other_netns, other_interface)
-            )
+            ip_batch(self.nodes[one.name].netns, network.underlay_link(interface, other_netns, other_interface))
         for node in self.manifest.nodes:
             place = self.nodes[node.name]
             ip_batch(place.netns, network.node_commands(self.manifest, node))

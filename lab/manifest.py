@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from undermesh.lab.errors import ManifestError
 
 Object = Mapping[str, Any]
@@ -135,9 +136,7 @@ def build(objects: list[Object]) -> Manifest:
         else:
             pods.append(_pod(item))
     accounts = {
-        f"{_namespace(item)}/{_name(item)}": str(
-            item["metadata"].get("uid", f"sa-{_namespace(item)}-{_name(item)}")
-        )
+        f"{_namespace(item)}/{_name(item)}": str(item["metadata"].get("uid", f"sa-{_namespace(item)}-{_name(item)}"))
         for item in _of_kind(objects, "ServiceAccount")
     }
     return Manifest(

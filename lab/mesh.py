@@ -60,18 +60,26 @@ class Part:
         """The processes below the one that was started."""
         return [pid for pid in cgroups.processes(self.place.cgroup) if pid != self.process.pid]
 
-    def kill_child(self) -> int:
+    def kill_child(self, *, hold: bool = False) -> int:
         """SIGKILL the supervised process, as a crash; returns its pid once it is dead.
+
+        With `hold` the supervisor is stopped first, so that no successor starts before `let_go`.
 
         Raises:
             LabError: there is none, or more than one.
         """
+        if hold:
+            self.process.send_signal(signal.SIGSTOP)
         children = self.children()
         if len(children) != 1:
             raise LabError(f"{self.name}: one supervised process was expected, there are {children}")
         os.kill(children[0], signal.SIGKILL)
         wait_for(f"death of {self.name}", 5, lambda: children[0] not in self.children())
         return children[0]
+
+    def let_go(self) -> None:
+        """Let a held supervisor go on, and start the successor."""
+        self.process.send_signal(signal.SIGCONT)
 
     def stop(self, grace: float = 10.0) -> bool:
         """SIGTERM; returns whether it went by itself within `grace` seconds."""
@@ -80,9 +88,7 @@ class Part:
     def check_alive(self) -> None:
         """Raise LabError with the end of the log if the process has ended."""
         if self.process.poll() is not None:
-            raise LabError(
-                f"{self.name}: ended with code {self.process.returncode}; its last words:\n{tail(self.log)}"
-            )
+            raise LabError(f"{self.name}: ended with code {self.process.returncode}; its last words:\n{tail(self.log)}")
 
 
 class Mesh:

@@ -18,6 +18,7 @@ from undermesh.lab.errors import LabError
 
 NETNS_DIR = Path("/run/netns")
 CLONE_NEWNET = 0x40000000
+_TCP_LISTEN = "0A"
 
 T = TypeVar("T")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -106,8 +107,27 @@ def set_sysctls(name: str, values: Mapping[str, str]) -> None:
     call(name, write)
 
 
+def listeners(name: str) -> dict[int, tuple[str, int]]:
+    """The listening TCP sockets of the netns: inode -> (address in the kernel's hex, port)."""
+
+    def read() -> list[str]:
+        files = (Path("/proc/thread-self/net/tcp"), Path("/proc/thread-self/net/tcp6"))
+        return [line for file in files if file.exists() for line in file.read_text().splitlines()[1:]]
+
+    found = {}
+    for line in call(name, read):
+        fields = line.split()
+        if fields[3] == _TCP_LISTEN:
+            address, port = fields[1].split(":")
+            found[int(fields[9])] = (address, int(port, 16))
+    return found
+
+
+def listening_ports(name: str) -> set[int]:
+    """The TCP ports that something in the netns listens on."""
+    return {port for _, port in listeners(name).values()}
+
+
 def _is_mount(directory: Path) -> bool:
     """Path.is_mount does not see a directory that is bound onto itself."""
-    return any(
-        line.split()[4] == str(directory) for line in Path("/proc/self/mountinfo").read_text().splitlines()
-    )
+    return any(line.split()[4] == str(directory) for line in Path("/proc/self/mountinfo").read_text().splitlines())

@@ -29,9 +29,7 @@ _IP_VIEWS = {
     "route (IPv6)": ["-6", "route", "show", "table", "all"],
 }
 _CHANGING_WORDS = re.compile(r"\\|\b(valid_lft|preferred_lft|expires) \S+")
-_CHANGING_SYSCTLS = re.compile(
-    r"net/netfilter/nf_conntrack_count$|/stable_secret$|/route/flush$|/tcp_fastopen_key$"
-)
+_CHANGING_SYSCTLS = re.compile(r"net/netfilter/nf_conntrack_count$|/stable_secret$|/route/flush$|/tcp_fastopen_key$")
 # Mounts of other kinds are none that the lab or the agent could have made.
 _MOUNT_KINDS = {"bpf", "nsfs", "cgroup2"}
 # systemd loads programs of its own whenever it starts a unit.

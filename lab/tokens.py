@@ -11,6 +11,7 @@ import time
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec
+
 from undermesh.lab.manifest import HostPod, Manifest
 
 ISSUER = "https://kubernetes.default.svc.cluster.local"
