@@ -1,0 +1,140 @@
+"""The agent's answers, as its HTTP API gives them; times are Unix times.
+
+Unknown fields are ignored, so that an older command can ask a newer agent. Fields that protobuf leaves out when they
+hold their default have that default here.
+"""
+
+import msgspec
+
+
+class Process(msgspec.Struct, kw_only=True):
+    """The agent itself; `started` in seconds."""
+
+    pid: int
+    started: float
+
+
+class Ztunnel(msgspec.Struct, kw_only=True):
+    """The ztunnel that is connected to the agent; `instance` is random per process."""
+
+    connected: bool
+    instance: str | None = None
+    build: str | None = None
+    pid: int | None = None
+
+
+class ControlPlane(msgspec.Struct, kw_only=True):
+    """The agent's connection to the control plane; `error` says why there is none."""
+
+    connected: bool
+    address: str | None = None
+    error: str | None = None
+
+
+class Pod(msgspec.Struct, kw_only=True):
+    """One pod of the node: what it should be (`desired`), what it is (`state`), and why."""
+
+    namespace: str
+    name: str
+    uid: str
+    addresses: list[str]
+    identity: str | None = None
+    desired: str
+    state: str
+    reason: str | None = None
+    captured_connections: int = 0
+    inbound_connections: int = 0
+    inbound_tunnels: int = 0
+    outbound_tunnels: int = 0
+
+
+class Status(msgspec.Struct, kw_only=True):
+    """GET /v1/status."""
+
+    node: str
+    version: str
+    kernel: str
+    agent: Process
+    ztunnel: Ztunnel
+    control_plane: ControlPlane
+    pods: list[Pod]
+
+
+class Check(msgspec.Struct, kw_only=True):
+    """One condition that undermesh needs; `next_step` on a check that is ok makes it a warning."""
+
+    name: str
+    ok: bool
+    detail: str = ""
+    next_step: str | None = None
+
+
+class Checks(msgspec.Struct, kw_only=True):
+    """GET /v1/check."""
+
+    checks: list[Check]
+
+
+class Connection(msgspec.Struct, kw_only=True):
+    """One open connection as one ztunnel sees it; message Connection of proto/node.proto."""
+
+    id: str = ""
+    direction: str = ""
+    lane: str = ""
+    pod_uid: str = ""
+    source: str = ""
+    source_identity: str = ""
+    source_workload: str = ""
+    destination: str = ""
+    destination_identity: str = ""
+    destination_workload: str = ""
+    destination_service: str = ""
+    upstream: str = ""
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    opened_unix_ms: int = 0
+
+
+class Connections(msgspec.Struct, kw_only=True):
+    """GET /v1/connections."""
+
+    connections: list[Connection]
+
+
+class Policy(msgspec.Struct, kw_only=True):
+    """One L4 policy that ztunnel holds; message Policy of proto/node.proto."""
+
+    name: str = ""
+    scope: str = ""
+    action: str = ""
+    dry_run: bool = False
+    rules: int = 0
+    version: str = ""
+    denied_connections: int = 0
+    cut_connections: int = 0
+
+
+class Policies(msgspec.Struct, kw_only=True):
+    """GET /v1/policies."""
+
+    policies: list[Policy]
+
+
+class Certificate(msgspec.Struct, kw_only=True):
+    """One certificate that ztunnel holds (message CertificateStatus of proto/node.proto), or should hold.
+
+    `error` says why the newest attempt to get one failed; the times are 0 if there is none yet.
+    """
+
+    identity: str = ""
+    serial: str = ""
+    not_before_unix: int = 0
+    not_after_unix: int = 0
+    issuer: str = ""
+    error: str = ""
+
+
+class Certificates(msgspec.Struct, kw_only=True):
+    """GET /v1/certs."""
+
+    certs: list[Certificate]

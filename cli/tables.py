@@ -1,0 +1,177 @@
+"""Answers as tables of text; pure."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from undermesh.cli import answers
+
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings and rows of text; the words of `alarms` deserve the reader's eye."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    empty: str
+    """What to say instead of a table without rows."""
+
+
+def checks(found: Iterable[answers.Check]) -> Table:
+    """One row a check: ok, WARN (fine, with advice) or FAIL."""
+    return Table(
+        ("CHECK", "RESULT", "DETAIL", "NEXT STEP"),
+        [(c.name, verdict(c), c.detail, c.next_step or "") for c in found],
+        "no checks",
+    )
+
+
+def verdict(check: answers.Check) -> str:
+    """The word for a check's outcome."""
+    if not check.ok:
+        return "FAIL"
+    return "WARN" if check.next_step else "ok"
+
+
+def node(status: answers.Status, now: float) -> Table:
+    """The parts of undermesh on this node; `now` in Unix seconds."""
+    ztunnel, control = status.ztunnel, status.control_plane
+    instance = f"pid {ztunnel.pid or '?'}, build {ztunnel.build or '?'}, instance {ztunnel.instance or '?'}"
+    rows = [
+        ("node", f"{status.node}, kernel {status.kernel}"),
+        ("agent", f"running {span(now - status.agent.started)}, pid {status.agent.pid}, version {status.version}"),
+        ("ztunnel", f"connected, {instance}" if ztunnel.connected else "NOT CONNECTED"),
+        (
+            "control plane",
+            f"{'connected' if control.connected else 'NOT CONNECTED'}, {control.address or 'no address'}"
+            + (f": {control.error}" if control.error else ""),
+        ),
+    ]
+    return Table(("PART", "STATE"), rows, "no answer")
+
+
+def pods(status: answers.Status) -> Table:
+    """The node's pods; a state that is not the wanted one names both."""
+    rows = [
+        (
+            f"{pod.namespace}/{pod.name}",
+            pod.state if pod.state == pod.desired else f"{pod.state} (wanted: {pod.desired})",
+            ",".join(pod.addresses) or NOTHING,
+            pod.identity or NOTHING,
+            str(pod.captured_connections),
+            str(pod.inbound_connections),
+            str(pod.inbound_tunnels),
+            str(pod.outbound_tunnels),
+            pod.reason or "",
+        )
+        for pod in status.pods
+    ]
+    headings = ("POD", "STATE", "ADDRESSES", "IDENTITY", "OUT", "IN", "TUNNELS IN", "TUNNELS OUT", "REASON")
+    return Table(headings, rows, "no pods on this node")
+
+
+def connections(found: Iterable[answers.Connection], now: float) -> Table:
+    """Open connections, oldest first; `now` in Unix seconds."""
+    rows = [
+        (
+            c.direction or NOTHING,
+            c.lane or NOTHING,
+            _party(c.source, c.source_workload),
+            c.source_identity or NOTHING,
+            _party(c.destination, c.destination_service or c.destination_workload),
+            c.destination_identity or NOTHING,
+            c.upstream or NOTHING,
+            str(c.bytes_sent),
+            str(c.bytes_received),
+            span(now - c.opened_unix_ms / 1000),
+        )
+        for c in sorted(found, key=lambda c: c.opened_unix_ms)
+    ]
+    headings = (
+        "DIRECTION",
+        "LANE",
+        "SOURCE",
+        "SOURCE IDENTITY",
+        "DESTINATION",
+        "DESTINATION IDENTITY",
+        "UPSTREAM",
+        "SENT",
+        "RECEIVED",
+        "AGE",
+    )
+    return Table(headings, rows, "no open connections through this node's ztunnel")
+
+
+def policies(found: Iterable[answers.Policy]) -> Table:
+    """The L4 policies that ztunnel enforces."""
+    rows = [
+        (
+            p.name,
+            p.action,
+            p.scope,
+            str(p.rules),
+            str(p.denied_connections),
+            str(p.cut_connections),
+            "dry run" if p.dry_run else "enforced",
+            p.version,
+        )
+        for p in sorted(found, key=lambda p: p.name)
+    ]
+    headings = ("POLICY", "ACTION", "SCOPE", "RULES", "REFUSED", "CUT", "MODE", "VERSION")
+    return Table(headings, rows, "no policies: every connection is allowed")
+
+
+def certificates(found: Iterable[answers.Certificate], now: float) -> Table:
+    """The certificates that ztunnel holds; `now` in Unix seconds."""
+    rows = [
+        (
+            c.identity,
+            validity(c, now),
+            date(c.not_before_unix),
+            date(c.not_after_unix),
+            c.issuer or NOTHING,
+            c.serial or NOTHING,
+            c.error,
+        )
+        for c in sorted(found, key=lambda c: c.identity)
+    ]
+    headings = ("IDENTITY", "VALIDITY", "NOT BEFORE", "NOT AFTER", "ISSUER", "SERIAL", "ERROR")
+    return Table(headings, rows, "no certificates: no pod of this node is enrolled")
+
+
+def validity(certificate: answers.Certificate, now: float) -> str:
+    """How the certificate stands at `now` (Unix seconds)."""
+    if not certificate.not_after_unix:
+        return "MISSING"
+    if now < certificate.not_before_unix:
+        return f"NOT YET VALID, starts in {span(certificate.not_before_unix - now)}"
+    if now >= certificate.not_after_unix:
+        return f"EXPIRED {span(now - certificate.not_after_unix)} ago"
+    return f"valid, {span(certificate.not_after_unix - now)} left"
+
+
+def date(unix: int) -> str:
+    """A Unix time in seconds as UTC; 0 as nothing, what no calendar holds as the number itself."""
+    if not unix:
+        return NOTHING
+    try:
+        return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (OverflowError, ValueError, OSError):
+        return str(unix)
+
+
+def span(seconds: float) -> str:
+    """A duration by its two largest units: 42s, 5m03s, 2h10m, 3d4h; negative ones (clocks differ) are 0s."""
+    total = max(0, int(seconds))
+    days, hours, minutes, rest = total // 86400, total // 3600 % 24, total // 60 % 60, total % 60
+    if days:
+        return f"{days}d{hours}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def _party(address: str, name: str) -> str:
+    return f"{address or NOTHING} ({name})" if name else address or NOTHING
