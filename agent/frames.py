@@ -7,7 +7,7 @@ import asyncio
 import os
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 MAX_FRAME: Final = 64 << 20
@@ -33,6 +33,7 @@ class FrameChannel:
         self._fds: deque[int] = deque()
         self._send_lock = asyncio.Lock()
         self._closed = False
+        self._waiters: set[asyncio.Future[None]] = set()
 
     async def send(self, frame: bytes, fds: Sequence[int] = ()) -> None:
         """Sends one frame; the FDs stay the caller's.
@@ -99,6 +100,8 @@ class FrameChannel:
         loop.remove_reader(self._sock)
         loop.remove_writer(self._sock)
         self._sock.close()
+        for waiter in self._waiters:
+            _settle(waiter)
         while self._fds:
             os.close(self._fds.popleft())
 
@@ -139,23 +142,23 @@ class FrameChannel:
 
     async def _wait_readable(self) -> None:
         loop = asyncio.get_running_loop()
-        ready = loop.create_future()
-        loop.add_reader(self._sock, _settle, ready)
-        try:
-            await ready
-        finally:
-            if not self._closed:
-                loop.remove_reader(self._sock)
+        await self._wait(loop.add_reader, loop.remove_reader)
 
     async def _wait_writable(self) -> None:
         loop = asyncio.get_running_loop()
-        ready = loop.create_future()
-        loop.add_writer(self._sock, _settle, ready)
+        await self._wait(loop.add_writer, loop.remove_writer)
+
+    async def _wait(self, add: Callable[..., object], remove: Callable[[socket.socket], object]) -> None:
+        """Until the socket is ready, or closed by close()."""
+        ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.add(ready)
+        add(self._sock, _settle, ready)
         try:
             await ready
         finally:
+            self._waiters.discard(ready)
             if not self._closed:
-                loop.remove_writer(self._sock)
+                remove(self._sock)
 
 
 def _settle(ready: asyncio.Future[None]) -> None:

@@ -114,6 +114,20 @@ class PodKernel:
             else:
                 self.sockets[slot] = socket.socket(fileno=fd)
 
+    def replace_listeners(self, fds: Mapping[ListenerSlot, int]) -> None:
+        """Takes over what ztunnel accepts on; listeners made meanwhile, which nobody accepts on, are closed."""
+        for slot, fd in fds.items():
+            sock = socket.socket(fileno=fd)
+            present = self.sockets.get(slot)
+            if present is not None and listeners.socket_cookie(present) == listeners.socket_cookie(sock):
+                sock.close()
+                continue
+            self.sockets[slot] = sock
+            if self._steering is not None:
+                self._steering.set_listener(slot, sock.fileno())
+            if present is not None:
+                present.close()
+
     def ensure_listeners(self, avoid: Iterable[int]) -> list[str]:
         """The listeners of each family that the namespace has; kept in the FD store too.
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Protocol
 
-from undermesh.agent.bpf.layout import EnrolmentFlags, IPAddress
+from undermesh.agent.bpf.layout import EnrolmentFlags, IPAddress, ListenerSlot
 from undermesh.agent.bpf.libbpf import BpfError
 from undermesh.agent.netns import NetnsError
 from undermesh.agent.pod_kernel import PodKernel
@@ -111,6 +111,11 @@ class PodWorker:
 
     def wake(self) -> None:
         """Have the pod looked at now: something in its namespace changed."""
+        self._wake.set()
+
+    async def adopt(self, held: Mapping[ListenerSlot, int]) -> None:
+        """ztunnel holds listeners of this pod from before: they become the pod's, in place of any made since."""
+        await asyncio.to_thread(self.kernel.replace_listeners, held)
         self._wake.set()
 
     async def abandon(self) -> None:

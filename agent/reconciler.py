@@ -16,12 +16,14 @@ from typing import Final, Protocol
 
 from undermesh.agent import cgroups, node_kernel
 from undermesh.agent.bpf.layout import ListenerSlot
+from undermesh.agent.bpf.libbpf import BpfError
 from undermesh.agent.netlink_watch import NetlinkWatch
+from undermesh.agent.netns import NetnsError
 from undermesh.agent.pod_kernel import KernelContext, PodKernel, parse_store_name
 from undermesh.agent.pod_record import PodRecord
 from undermesh.agent.pod_worker import PodFacts, PodWorker, Publisher, State
 from undermesh.agent.settings import Settings
-from undermesh.agent.ztunnel_link import HeldPod, ZtunnelLink
+from undermesh.agent.ztunnel_link import HeldPod, ZtunnelAway, ZtunnelLink
 from undermesh.api.core import Pod
 from undermesh.api.enrolment import desired_enrolment
 from undermesh.api.identity import SpiffeId, workload_uid
@@ -42,10 +44,17 @@ class Certificates(Protocol):
 
 @dataclass(frozen=True)
 class Observation:
-    """A pod's namespace as found in /proc."""
+    """The network namespaces of a pod's processes, by inode, each with one process that is in it.
 
-    pid: int
-    netns_inode: int
+    The first is the one of the pod's oldest process; a pod may make further ones for itself.
+    """
+
+    namespaces: Mapping[int, int]
+
+    @property
+    def first(self) -> tuple[int, int]:
+        """(inode, pid)."""
+        return next(iter(self.namespaces.items()))
 
 
 @dataclass(frozen=True)
@@ -116,12 +125,14 @@ class Reconciler:
         """A ztunnel that connects gives back what it serves: used where the FD store had nothing."""
         os.close(held.netns_fd)
         worker = self._workers.get(held.uid)
-        record = self._records.get(held.uid)
-        if worker is None and record is not None and record.netns_inode == held.netns_inode:
+        record = worker.kernel.record if worker is not None else self._records.get(held.uid)
+        if record is None or record.netns_inode != held.netns_inode:
+            for fd in held.listeners.values():
+                os.close(fd)
+        elif worker is not None:
+            await worker.adopt(held.listeners)
+        else:
             self._keep(held.uid, held.listeners)
-            return
-        for fd in held.listeners.values():
-            os.close(fd)
 
     def lacking_listeners(self) -> bool:
         """Whether a recorded pod's listeners may still come from ztunnel."""
@@ -141,7 +152,12 @@ class Reconciler:
         """Reconciles for ever."""
         while True:
             self._wake.clear()
-            await self.reconcile()
+            try:
+                await self.reconcile()
+            except (OSError, BpfError, cgroups.CgroupError, NetnsError) as e:
+                log.error(
+                    "the node's kernel state could not be brought in order, next try in %.0f s: %s", INTERVAL_S, e
+                )
             try:
                 await asyncio.wait_for(self._wake.wait(), INTERVAL_S)
             except TimeoutError:
@@ -155,7 +171,13 @@ class Reconciler:
         await self._drop_gone(pods, seen)
         wishes = {uid: self._facts(pod, objects) for uid, pod in pods.items()}
         for uid, pod in pods.items():
-            self._adjust(uid, wishes[uid], pod, seen.get(uid))
+            try:
+                self._adjust(uid, wishes[uid], pod, seen.get(uid))
+            except (OSError, NetnsError, BpfError) as e:
+                # One pod that cannot be served must not sink the others.
+                self._reasons[uid] = str(e)
+                log.error("pod %s: %s", pod.metadata.key, e)
+        await self._remove_orphans()
         self._forget_records(pods)
         self._certificates.set_wanted(
             {worker.facts.identity for worker in self._workers.values()}
@@ -168,23 +190,36 @@ class Reconciler:
         )
         await asyncio.to_thread(self._node.ensure, probes)
 
+    async def _remove_orphans(self) -> None:
+        """Pods that ztunnel still serves and that are none of ours any more."""
+        for uid in list(self._link.orphans):
+            if uid in self._workers:
+                self._link.orphans.discard(uid)
+                continue
+            try:
+                await self._link.remove_pod(uid)
+            except ZtunnelAway:
+                return
+
     def _observe(self) -> dict[str, Observation]:
         found = {}
         for uid, pids in cgroups.pod_processes(self._below).items():
+            namespaces: dict[int, int] = {}
             for pid in pids:
                 try:
                     inode = os.stat(f"/proc/{pid}/ns/net").st_ino
-                except FileNotFoundError:
+                except (FileNotFoundError, ProcessLookupError):
                     continue
                 if inode != self._own_netns:
-                    found[uid] = Observation(pid, inode)
-                    break
+                    namespaces.setdefault(inode, pid)
+            if namespaces:
+                found[uid] = Observation(namespaces)
         return found
 
     async def _drop_gone(self, pods: Mapping[str, Pod], seen: Mapping[str, Observation]) -> None:
         for uid, worker in list(self._workers.items()):
             now = seen.get(uid)
-            replaced = now is not None and now.netns_inode != worker.kernel.record.netns_inode
+            replaced = now is not None and worker.kernel.record.netns_inode not in now.namespaces
             finished = uid in pods and pods[uid].finished
             if uid not in pods or replaced or finished:
                 reason = "its network namespace was replaced" if replaced else "it is gone"
@@ -208,14 +243,14 @@ class Reconciler:
         self._start(uid, facts, seen)
 
     def _start(self, uid: str, facts: PodFacts, seen: Observation) -> None:
-        try:
-            netns_fd = os.open(f"/proc/{seen.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return  # the process ended just now: the next iteration finds another
-        if os.fstat(netns_fd).st_ino != seen.netns_inode:
+        record = self._records.get(uid)
+        known = record is not None and record.netns_inode in seen.namespaces
+        inode = record.netns_inode if record is not None and known else seen.first[0]
+        netns_fd = os.open(f"/proc/{seen.namespaces[inode]}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        if os.fstat(netns_fd).st_ino != inode:
             os.close(netns_fd)
-            return
-        kernel = PodKernel(self._context, self._record_of(facts, seen), netns_fd)
+            return  # another process got the number just now: the next iteration looks again
+        kernel = PodKernel(self._context, self._record_of(facts, inode), netns_fd)
         kernel.adopt_listeners(self._kept.pop(uid, {}))
         self._reasons.pop(uid, None)
         self._workers[uid] = worker = PodWorker(
@@ -223,13 +258,13 @@ class Reconciler:
         )
         self._watches[uid] = NetlinkWatch(netns_fd, worker.wake)
 
-    def _record_of(self, facts: PodFacts, seen: Observation) -> PodRecord:
+    def _record_of(self, facts: PodFacts, inode: int) -> PodRecord:
         record = self._records.get(facts.uid)
-        if record is not None and record.netns_inode == seen.netns_inode:
+        if record is not None and record.netns_inode == inode:
             return record
         if record is not None:
             self._discard(record)
-        record = PodRecord(facts.uid, facts.namespace, facts.name, self._free_pod_id(), seen.netns_inode)
+        record = PodRecord(facts.uid, facts.namespace, facts.name, self._free_pod_id(), inode)
         self._context.records.save(record)
         self._records[facts.uid] = record
         return record

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from undermesh.agent import cgroups
 from undermesh.agent.bpf.layout import LAYOUT_VERSION
@@ -78,6 +79,14 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         except cgroups.CgroupError as e:
             parser.error(str(e))
     return Settings(**values)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends with the exit code that tells the supervisor not to try again."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}\n")
 
 
 def _directory(text: str) -> Path:

@@ -104,6 +104,7 @@ class ZtunnelLink:
         self._resources: dict[ResourceKey, wire.Resource] = {}
         self._snapshot_complete = asyncio.Event()
         self._greeted = asyncio.Event()
+        self.orphans: set[str] = set()  # pods that ztunnel serves and nobody has added yet
 
     # === state of the connection ===
 
@@ -162,6 +163,7 @@ class ZtunnelLink:
             ZtunnelAway: none is connected; the pod goes out when one is.
             ZtunnelRefused: it cannot serve the pod.
         """
+        self.orphans.discard(pod.uid)
         session = self._session
         if self._pods.get(pod.uid) == pod and session is not None and pod.uid in session.served:
             return
@@ -169,8 +171,14 @@ class ZtunnelLink:
         await self._change(wire.AgentFrame(pod_add=pod.message), (pod.netns_fd, *pod.listener_fds))
 
     async def remove_pod(self, uid: str) -> None:
-        if self._pods.pop(uid, None) is not None:
-            await self._change(wire.AgentFrame(pod_remove=wire.PodRemove(uid=uid)))
+        """Stops serving a pod: what is open in it is reset. A pod that ztunnel does not know is no error.
+
+        Raises:
+            ZtunnelAway: none is connected; one that comes back is told then.
+        """
+        self._pods.pop(uid, None)
+        self.orphans.discard(uid)
+        await self._change(wire.AgentFrame(pod_remove=wire.PodRemove(uid=uid)))
 
     async def drain_pod(self, uid: str) -> None:
         """Asks peers to leave: their tunnels to the pod get GOAWAY and end with their last stream."""
@@ -314,8 +322,8 @@ class ZtunnelLink:
             for pod in list(self._pods.values()):
                 frame = wire.AgentFrame(pod_add=pod.message)
                 await self._tell(session, frame, (pod.netns_fd, *pod.listener_fds), tolerate=True)
-            for uid in set(held_pods) - set(self._pods):
-                await self._tell(session, wire.AgentFrame(pod_remove=wire.PodRemove(uid=uid)))
+            # After a restart of the agent its workers may be on their way: the reconciler decides about these.
+            self.orphans = set(held_pods) - set(self._pods)
             await self._tell(session, wire.AgentFrame(snapshot_end=wire.SnapshotEnd()))
         except (FrameError, ZtunnelAway) as e:
             self._end(session, str(e))
@@ -386,6 +394,9 @@ class ZtunnelLink:
             self._ready.clear()
             log.warning("ztunnel (pid %d) is disconnected: %s", session.pid, reason)
         session.channel.close()
+        for task in session.tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
         for acknowledged in session.waiting.values():
             if not acknowledged.done():
                 acknowledged.set_exception(ZtunnelAway(f"ztunnel went away: {reason}"))
