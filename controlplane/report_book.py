@@ -1,0 +1,143 @@
+"""What each node last said about its pods, and for how long that stands.
+
+A report stands until the node reports anew: an agent's restart, its crash loop or a restart of the control
+plane must not turn enrolled pods into plain ones, since peers would then send them plaintext. Only when the
+source has no agent for the node any more, so that nobody will report, does the last report end after
+`AWAY_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from undermesh.controlplane import errors
+from undermesh.controlplane.cluster import Cluster
+from undermesh.controlplane.files import replace_file
+from undermesh.controlplane.tokens import AGENT_ACCOUNT, AGENT_NAMESPACE
+from undermesh.proto import report_pb2
+
+log = logging.getLogger(__name__)
+
+AWAY_SECONDS = 300.0
+_STATES = {name: report_pb2.PodState.Value(name) for name in report_pb2.PodState.keys()}  # noqa: SIM118
+
+
+@dataclass
+class _Node:
+    states: dict[str, int] = field(default_factory=dict)  # pod uid -> report.PodState
+    errors: dict[str, str] = field(default_factory=dict)
+    streams: int = 0
+    away_since: float | None = None
+
+
+class ReportBook:
+    """The last report of every node, kept in `file` over restarts of the control plane."""
+
+    def __init__(self, file: Path | None, clock: Callable[[], float]) -> None:
+        self._file = file
+        self._clock = clock
+        self._nodes: dict[str, _Node] = {}
+        if file is not None:
+            self._load(file)
+
+    def opened(self, node: str) -> None:
+        """A report stream of the node has begun."""
+        entry = self._nodes.setdefault(node, _Node())
+        entry.streams += 1
+        entry.away_since = None
+
+    def closed(self, node: str) -> None:
+        """A report stream of the node has ended."""
+        entry = self._nodes[node]
+        entry.streams -= 1
+        if entry.streams == 0:
+            entry.away_since = self._clock()
+
+    def record(self, node: str, report: report_pb2.NodeReport) -> bool:
+        """Replaces what the node said; True when that changes anything.
+
+        States that this version does not know count as PLAIN.
+        """
+        entry = self._nodes.setdefault(node, _Node())
+        states = {pod.uid: pod.state if pod.state in _STATES.values() else 0 for pod in report.pods}
+        states = {uid: state for uid, state in states.items() if state != report_pb2.PLAIN}
+        failures = {pod.uid: pod.error[:1024] for pod in report.pods if pod.error}
+        changed = (states, failures) != (entry.states, entry.errors)
+        entry.states, entry.errors = states, failures
+        if changed:
+            self._save()
+        return changed
+
+    def states(self, cluster: Cluster) -> dict[str, int]:
+        """The state of each pod that runs on the node that reported it; pods that are missing are PLAIN."""
+        return {
+            uid: state
+            for node, entry in self._nodes.items()
+            for uid, state in entry.states.items()
+            if cluster.node_of(uid) == node
+        }
+
+    def strangers(self, node: str, cluster: Cluster) -> list[str]:
+        """Pods in the node's report that the source does not know on that node."""
+        entry = self._nodes.get(node, _Node())
+        return sorted(uid for uid in entry.states if cluster.node_of(uid) != node)
+
+    def expire(self, cluster: Cluster) -> list[str]:
+        """Forgets nodes that have been away for `AWAY_SECONDS` and have no agent pod; returns their names."""
+        served = {
+            pod.spec.node_name
+            for key, pod in cluster.by_name.items()
+            if key.namespace == AGENT_NAMESPACE and pod.spec.service_account_name == AGENT_ACCOUNT and not pod.finished
+        }
+        now = self._clock()
+        gone = [
+            node
+            for node, entry in self._nodes.items()
+            if entry.away_since is not None and now - entry.away_since >= AWAY_SECONDS and node not in served
+        ]
+        for node in gone:
+            del self._nodes[node]
+            log.warning("node %s has had no agent for %.0f s: its pods are published as plain", node, AWAY_SECONDS)
+        if gone:
+            self._save()
+        return gone
+
+    def open_nodes(self) -> int:
+        """Nodes with an open stream."""
+        return sum(1 for entry in self._nodes.values() if entry.streams)
+
+    def _load(self, file: Path) -> None:
+        try:
+            stored = _parsed(file.read_bytes())
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise errors.ConfigError(f"reports file {file} cannot be read ({error.strerror}): check --state") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("reports file %s is damaged (%r): pods count as plain until their nodes report", file, error)
+            return
+        now = self._clock()
+        self._nodes = {node: _Node(states, away_since=now) for node, states in stored.items()}
+
+    def _save(self) -> None:
+        if self._file is None:
+            return
+        document = {
+            node: {uid: report_pb2.PodState.Name(state) for uid, state in entry.states.items()}  # type: ignore[arg-type]
+            for node, entry in self._nodes.items()
+        }
+        try:
+            replace_file(self._file, json.dumps(document, sort_keys=True).encode(), mode=0o600)
+        except OSError as error:
+            log.warning("reports cannot be kept in %s (%s): a restart forgets them", self._file, error.strerror)
+
+
+def _parsed(content: bytes) -> Mapping[str, dict[str, int]]:
+    return {
+        str(node): {str(uid): _STATES[name] for uid, name in states.items()}
+        for node, states in json.loads(content).items()
+    }

@@ -1,0 +1,204 @@
+"""What one xDS client wants, has and still has to hear: the delta protocol as a state machine without I/O.
+
+A client owns a set of pending names, never a queue of messages: however slow it is, it costs one set, and
+when it is ready again it gets the newest state once. At most one push per type is unanswered.
+
+Order within a push: policies before the workloads that name them, and removals of policies only after the
+workloads have let go of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from undermesh.controlplane.board import TYPE_URLS, Board, Generation
+from undermesh.controlplane.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE, ResourceKey
+from undermesh.proto import discovery_pb2
+
+WILDCARD = "*"
+CHUNK_BYTES = 2 << 20
+CHUNK_RESOURCES = 2000
+
+
+class Response(NamedTuple):
+    """One DeltaDiscoveryResponse, serialised."""
+
+    type_url: str
+    nonce: str
+    wire: bytes
+
+
+class Refusal(NamedTuple):
+    """A NACK: the client refused (parts of) a response."""
+
+    type_url: str
+    nonce: str
+    message: str
+
+
+@dataclass
+class _TypeState:
+    wildcard: bool = False
+    names: set[str] = field(default_factory=set)
+    # name -> version that the client has or is being sent
+    sent: dict[str, str] = field(default_factory=dict)
+    pending: set[str] = field(default_factory=set)
+    in_flight: set[str] = field(default_factory=set)
+    subscribed: bool = False
+    # The first answer goes out even if empty: it tells the client that it has everything.
+    unanswered: bool = False
+
+    def wants(self, name: str) -> bool:
+        return self.wildcard or name in self.names
+
+
+class Subscription:
+    """The state of one stream. `last_refusal` is remembered for status."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._types = {type_url: _TypeState() for type_url in TYPE_URLS}
+        self._nonces = itertools.count(1)
+        self._seen = Generation(0)
+        self.last_refusal: Refusal | None = None
+
+    def receive(self, request: discovery_pb2.DeltaDiscoveryRequest) -> Refusal | None:
+        """Takes in a request: subscription, ACK or NACK. Returns the refusal of a NACK.
+
+        Requests for types that are not served change nothing.
+        """
+        state = self._types.get(request.type_url)
+        if state is None:
+            return None
+        refusal = self._answer(state, request)
+        first = not state.subscribed
+        if first:
+            state.subscribed = state.unanswered = True
+            state.sent = dict(request.initial_resource_versions)
+        self._subscribe(request.type_url, state, request, first=first)
+        self._note_seen()
+        return refusal
+
+    def changed(self, keys: Iterable[ResourceKey]) -> None:
+        """Notes what the board has changed."""
+        for type_url, name in keys:
+            state = self._types[type_url]
+            if state.subscribed and state.wants(name):
+                state.pending.add(name)
+
+    @property
+    def seen(self) -> Generation:
+        """The newest generation that the client has answered for in full."""
+        self._note_seen()
+        return self._seen
+
+    @property
+    def ready(self) -> bool:
+        """There is something to send that need not wait for an answer."""
+        return any(True for _ in self._sendable())
+
+    def take(self) -> list[Response]:
+        """What to send now, in order; it counts as in flight from here on."""
+        responses: list[Response] = []
+        for type_url, names in list(self._sendable()):
+            state = self._types[type_url]
+            state.pending -= names
+            state.unanswered = False
+            responses.extend(self._responses(type_url, state, names))
+        return responses
+
+    def _answer(self, state: _TypeState, request: discovery_pb2.DeltaDiscoveryRequest) -> Refusal | None:
+        if request.response_nonce not in state.in_flight:
+            return None
+        state.in_flight.discard(request.response_nonce)
+        if not request.HasField("error_detail"):
+            return None
+        message = request.error_detail.message[:1024] or f"code {request.error_detail.code}"
+        self.last_refusal = Refusal(request.type_url, request.response_nonce, message)
+        return self.last_refusal
+
+    def _subscribe(
+        self,
+        type_url: str,
+        state: _TypeState,
+        request: discovery_pb2.DeltaDiscoveryRequest,
+        *,
+        first: bool,
+    ) -> None:
+        added = set(request.resource_names_subscribe)
+        removed = set(request.resource_names_unsubscribe)
+        if WILDCARD in added or (first and not added):
+            state.wildcard = True
+            state.pending |= self._differences(type_url, state)
+        added.discard(WILDCARD)
+        state.names |= added
+        # A name that is subscribed to (again) is always answered, with its absence if need be.
+        state.pending |= added
+        for name in added:
+            state.sent.setdefault(name, "")
+        if WILDCARD in removed:
+            state.wildcard = False
+        state.names -= removed
+        if removed:
+            state.sent = {name: version for name, version in state.sent.items() if state.wants(name)}
+            state.pending = {name for name in state.pending if state.wants(name)}
+
+    def _differences(self, type_url: str, state: _TypeState) -> set[str]:
+        published = self._board.names(type_url)
+        fresh = {name for name, entry in published.items() if state.sent.get(name) != entry.version}
+        return fresh | (state.sent.keys() - published.keys())
+
+    def _sendable(self) -> Iterator[tuple[str, set[str]]]:
+        policies, addresses = self._types[AUTHORIZATION_TYPE], self._types[ADDRESS_TYPE]
+        upserts = {name for name in policies.pending if self._board.get(AUTHORIZATION_TYPE, name) is not None}
+        if not policies.in_flight and (upserts or policies.unanswered):
+            yield AUTHORIZATION_TYPE, upserts
+            upserts = set()
+        if not addresses.in_flight and not upserts and (addresses.pending or addresses.unanswered):
+            yield ADDRESS_TYPE, set(addresses.pending)
+        elif not addresses.in_flight and not addresses.pending and not policies.in_flight:
+            removals = {name for name in policies.pending if self._board.get(AUTHORIZATION_TYPE, name) is None}
+            if removals:
+                yield AUTHORIZATION_TYPE, removals
+
+    def _responses(self, type_url: str, state: _TypeState, names: set[str]) -> Iterator[Response]:
+        """Chunks of bounded size; only the last names a system version, so that a client can tell when the
+        whole push has arrived."""
+        entries: list[bytes] = []
+        removed: list[str] = []
+        size = 0
+        for name in sorted(names):
+            entry = self._board.get(type_url, name)
+            if entry is None:
+                if name in state.sent:
+                    removed.append(name)
+                    del state.sent[name]
+                continue
+            state.sent[name] = entry.version
+            if entries and (size + len(entry.wire) > CHUNK_BYTES or len(entries) >= CHUNK_RESOURCES):
+                yield self._response(type_url, state, entries, [], last=False)
+                entries, size = [], 0
+            entries.append(entry.wire)
+            size += len(entry.wire)
+        yield self._response(type_url, state, entries, removed, last=True)
+
+    def _response(
+        self, type_url: str, state: _TypeState, entries: list[bytes], removed: list[str], *, last: bool
+    ) -> Response:
+        nonce = str(next(self._nonces))
+        state.in_flight.add(nonce)
+        header = discovery_pb2.DeltaDiscoveryResponse(
+            type_url=type_url,
+            nonce=nonce,
+            removed_resources=removed,
+            system_version_info=str(self._board.generation) if last else "",
+        )
+        return Response(type_url, nonce, b"".join([*entries, header.SerializeToString()]))
+
+    def _note_seen(self) -> None:
+        states = [state for state in self._types.values() if state.subscribed]
+        if states and not any(state.pending or state.in_flight or state.unanswered for state in states):
+            self._seen = self._board.generation
