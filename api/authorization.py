@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Final, Literal
 
 from msgspec import UNSET, UnsetType, field
+
 from undermesh.api.meta import Metadata, Part
 
 Values = tuple[str, ...] | UnsetType
@@ -83,9 +84,7 @@ class WorkloadSelector(_Strict, frozen=True):
     def __post_init__(self) -> None:
         for key, value in self.match_labels.items():
             if not _LABEL_KEY.match(key) or not _LABEL_VALUE.match(value):
-                raise ValueError(
-                    f"matchLabels has {key}={value}, which no label can be: write it without wildcards"
-                )
+                raise ValueError(f"matchLabels has {key}={value}, which no label can be: wildcards do not work here")
 
 
 class TargetRef(_Strict, frozen=True):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from msgspec import field
+
 from undermesh.api.meta import Metadata, Part
 from undermesh.api.names import Name, PortNumber, PortRef
 

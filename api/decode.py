@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
+
 from undermesh.api.explain import explain, show, type_name
 from undermesh.api.objects import KINDS, Kind, Object
 
@@ -76,9 +77,7 @@ def decode(raw: object) -> Object:
 
 
 def _is_list_kind(kind: object) -> bool:
-    return kind == "List" or (
-        isinstance(kind, str) and kind.removesuffix("List") in KINDS and kind not in KINDS
-    )
+    return kind == "List" or (isinstance(kind, str) and kind.removesuffix("List") in KINDS and kind not in KINDS)
 
 
 def _kind(raw: Mapping[str, Any], subject: str) -> Kind:
@@ -88,9 +87,7 @@ def _kind(raw: Mapping[str, Any], subject: str) -> Kind:
     kind = KINDS.get(name)
     if kind is None:
         known = ", ".join(KINDS)
-        raise DecodeError(
-            f"unknown kind: remove the object, or use one of {known}", subject=subject, field="kind"
-        )
+        raise DecodeError(f"unknown kind: remove the object, or use one of {known}", subject=subject, field="kind")
     version = raw.get("apiVersion")
     if version not in kind.api_versions:
         expected = " or ".join(kind.api_versions)

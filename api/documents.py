@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import yaml
+
 from undermesh.api.decode import DecodeError, decode, unwrap
 from undermesh.api.objects import Object
 from undermesh.api.problems import Problem
@@ -24,9 +25,7 @@ class _Loader(_Base):  # type: ignore[misc]
         for first, resolvers in _Base.yaml_implicit_resolvers.items()
     }
     yaml_constructors = {
-        tag: construct
-        for tag, construct in _Base.yaml_constructors.items()
-        if tag is None or tag in _CORE_TAGS
+        tag: construct for tag, construct in _Base.yaml_constructors.items() if tag is None or tag in _CORE_TAGS
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -92,9 +91,7 @@ def _documents(data: bytes) -> Iterator[tuple[int, object]]:
         loader.dispose()
 
 
-def _decode_document(
-    file: str, document: int, raw: object, objects: list[Located], problems: list[Problem]
-) -> None:
+def _decode_document(file: str, document: int, raw: object, objects: list[Located], problems: list[Problem]) -> None:
     if raw is None:
         return
     item = 0
@@ -109,9 +106,7 @@ def _decode_document(
 
 
 def _problem(file: str, document: int, item: int, error: DecodeError) -> Problem:
-    return Problem(
-        file, error.message, document=document, item=item, subject=error.subject, field=error.field
-    )
+    return Problem(file, error.message, document=document, item=item, subject=error.subject, field=error.field)
 
 
 def _yaml_message(error: Exception) -> str:

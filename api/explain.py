@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec.inspect as types
+
 from undermesh.api.names import PATTERN_MEANINGS
 
 _LOCATED: Final = re.compile(r"\A(?P<what>.*?)(?: - at (?P<key>`key` in )?`(?P<path>[^`]*)`)?\Z", re.DOTALL)

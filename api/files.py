@@ -180,9 +180,7 @@ class FileSource:
 
     def _merge(self) -> bool:
         accepted = {name: file.accepted for name, file in self._files.items()}
-        offered = {
-            name: file.accepted if file.problems else file.offered for name, file in self._files.items()
-        }
+        offered = {name: file.accepted if file.problems else file.offered for name, file in self._files.items()}
         merged = merge(accepted, offered)
         for name, content in merged.contents.items():
             self._files[name].accepted = content

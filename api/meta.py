@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from msgspec import Struct, field
+
 from undermesh.api.identity import ObjectKey
 from undermesh.api.names import Name, NamespaceName, Uid
 

@@ -6,6 +6,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 from msgspec import UnsetType
+
 from undermesh.api.authorization import ConditionMatch, OperationMatch, Rule, SourceMatch
 from undermesh.controlplane.translate import values
 from undermesh.proto import authorization_pb2 as rbac

@@ -94,9 +94,7 @@ def _target_in(pod: Pod, port: ServicePort) -> int | None:
 def _port(port: ServicePort, target: int) -> wds.Port:
     named = _APP_PROTOCOLS.get(port.name.partition("-")[0], wds.UNKNOWN)
     declared = _APP_PROTOCOLS.get(port.app_protocol.lower(), wds.UNKNOWN)
-    return wds.Port(
-        service_port=port.port, target_port=target, app_protocol=declared if port.app_protocol else named
-    )
+    return wds.Port(service_port=port.port, target_port=target, app_protocol=declared if port.app_protocol else named)
 
 
 def _load_balancing(service: Service) -> wds.LoadBalancing | None:
