@@ -29,7 +29,8 @@ from undermesh.proto import report_pb2
 
 log = logging.getLogger(__name__)
 
-STEP_INTERVAL_S: Final = 2.0
+# Rules and routes wake the worker by themselves (NetlinkWatch); sysctl and BPF objects are looked at this often.
+STEP_INTERVAL_S: Final = 5.0
 _PUBLISH_TIMEOUT_S: Final = 15.0
 _UNENROL_POLL_S: Final = 0.3
 

@@ -32,6 +32,8 @@ from undermesh.api.objects import Objects
 log = logging.getLogger(__name__)
 
 INTERVAL_S: Final = 2.0
+# /proc is read when a pod waits for its namespace, and else in one pass of this many.
+_PASSES_PER_SCAN: Final = 4
 
 
 class Certificates(Protocol):
@@ -97,6 +99,8 @@ class Reconciler:
         self._wake = asyncio.Event()
         self._below = "/" + str(settings.cgroup_root.relative_to(node.cgroup_mount)).strip(".")
         self._reasons: dict[str, str] = {}
+        self._seen: dict[str, Observation] = {}
+        self._passes = 0
 
     def wake(self) -> None:
         self._wake.set()
@@ -167,9 +171,9 @@ class Reconciler:
         """One iteration: stop first, start later."""
         objects = self._objects()
         pods = {pod.metadata.uid: pod for pod in objects.pods_on(self._settings.node)}
-        seen = await asyncio.to_thread(self._observe)
-        await self._drop_gone(pods, seen)
         wishes = {uid: self._facts(pod, objects) for uid, pod in pods.items()}
+        seen = await self._scan(wishes)
+        await self._drop_gone(pods, seen)
         for uid, pod in pods.items():
             try:
                 self._adjust(uid, wishes[uid], pod, seen.get(uid))
@@ -200,6 +204,15 @@ class Reconciler:
                 await self._link.remove_pod(uid)
             except ZtunnelAway:
                 return
+
+    async def _scan(self, wishes: Mapping[str, PodFacts]) -> dict[str, Observation]:
+        self._passes += 1
+        waiting = any(
+            uid not in self._workers and (facts.enrolled or uid in self._records) for uid, facts in wishes.items()
+        )
+        if waiting or self._passes % _PASSES_PER_SCAN == 0:
+            self._seen = await asyncio.to_thread(self._observe)
+        return self._seen
 
     def _observe(self) -> dict[str, Observation]:
         found = {}
