@@ -182,11 +182,11 @@ def test_lists_are_unpacked(raw: object, kinds: list[str]) -> None:
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=4)
-WORDS = st.sampled_from(
-    ["metadata", "name", "namespace", "uid", "labels", "spec", "status", "containers", "ports", "podIPs", "ip"]
-    + ["selector", "rules", "from", "to", "when", "source", "operation", "principals", "matchLabels", "action"]
-    + ["clusterIPs", "targetPort", "key", "values", "port", "httpGet", "livenessProbe"]
-)
+METADATA_WORDS = ["metadata", "name", "namespace", "uid", "labels"]
+POD_WORDS = ["spec", "status", "containers", "ports", "podIPs", "ip", "httpGet", "livenessProbe", "port"]
+SERVICE_WORDS = ["selector", "clusterIPs", "targetPort", "matchLabels"]
+POLICY_WORDS = ["rules", "from", "to", "when", "source", "operation", "principals", "action", "key", "values"]
+WORDS = st.sampled_from([*METADATA_WORDS, *POD_WORDS, *SERVICE_WORDS, *POLICY_WORDS])
 TREES = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS | SCALARS, inner, max_size=5),
