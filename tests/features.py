@@ -1,0 +1,95 @@
+"""The only way for a test to skip: by the name of a kernel feature that the running kernel may lack.
+
+A skip that cannot rot: a feature that is missing although the running kernel is new enough, and although its
+configuration does not say it was left out, is a failure.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import os
+import platform
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from undermesh.agent.features import MINIMUM_KERNEL, kernel_version
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something of the kernel that a test needs.
+
+    Attributes:
+        name: how people call it.
+        minimum: the first kernel that has it.
+        option: the configuration option that may leave it out, None if nothing can.
+        present: whether the running kernel has it; raises OSError where that cannot be told.
+    """
+
+    name: str
+    minimum: tuple[int, int]
+    option: str | None
+    present: Callable[[], bool]
+
+
+def _mptcp() -> bool:
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP).close()
+    except OSError:
+        return False
+    return True
+
+
+def _nf_tables() -> bool:
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as netfilter:
+            netfilter.bind((0, 0))
+    except OSError:
+        return False
+    return _configured("CONFIG_NFT_NAT") and _configured("CONFIG_NFT_MASQ")
+
+
+MPTCP = Feature("MPTCP", (5, 6), "CONFIG_MPTCP", _mptcp)
+NFT_NAT = Feature("NAT with nf_tables", (5, 2), "CONFIG_NFT_NAT", _nf_tables)
+KERNEL_BTF = Feature("BTF of the kernel", (5, 4), "CONFIG_DEBUG_INFO_BTF", Path("/sys/kernel/btf/vmlinux").exists)
+
+
+def needs(feature: Feature) -> None:
+    """Skips the calling test if the kernel lacks the feature, and fails it if it must not lack it."""
+    if feature.minimum > MINIMUM_KERNEL:
+        pytest.fail(f"{feature.name} came with {feature.minimum}: no kernel that we claim to support has to have it")
+    if feature.present():
+        return
+    running = kernel_version(platform.release())
+    if running < feature.minimum:
+        pytest.skip(f"the kernel lacks {feature.name}: {running} runs, it came with {feature.minimum}")
+    if feature.option is not None and not _configured(feature.option):
+        pytest.skip(f"the kernel lacks {feature.name}: it was built without {feature.option}")
+    pytest.fail(f"{feature.name} is missing, although kernel {running} is new enough and was built with it")
+
+
+def needs_root() -> None:
+    """Skips if the tests do not run as root: the one skip that is about the caller, not the kernel."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root (network namespaces, BPF): run `make test`, which uses sudo")
+
+
+def _configured(option: str) -> bool:
+    return any(line.startswith((f"{option}=y", f"{option}=m")) for line in _configuration())
+
+
+@functools.cache
+def _configuration() -> tuple[str, ...]:
+    compressed = Path("/proc/config.gz")
+    if compressed.exists():
+        return tuple(gzip.decompress(compressed.read_bytes()).decode().splitlines())
+    for plain in (Path(f"/boot/config-{platform.release()}"), Path(f"/lib/modules/{platform.release()}/config")):
+        if plain.exists():
+            return tuple(plain.read_text().splitlines())
+    # Nothing says what was left out: then nothing may be missing.
+    return tuple(f"{feature.option}=y" for feature in (MPTCP, NFT_NAT, KERNEL_BTF)) + ("CONFIG_NFT_MASQ=y",)
