@@ -97,7 +97,7 @@ class NodeAgent:
 
     async def run(self) -> None:
         """Works until cancelled, or until one of its parts fails for good (which it then raises)."""
-        self._kernel.ensure({})
+        self._kernel.ensure(None)
         self._reconciler.take_kept_listeners()
         self._adopt_xds_state()
         self._states.begin()

@@ -34,11 +34,11 @@ class NodeKernel:
         self.ztunnel_pids.add(pid)
         self._trust()
 
-    def ensure(self, probes: Mapping[ProbePort, int]) -> None:
+    def ensure(self, probes: Mapping[ProbePort, int] | None) -> None:
         """Mends whatever differs.
 
         Args:
-            probes: where the kubelet probes, and the id of the pod there.
+            probes: where the kubelet probes, and the id of the pod there; None: not known yet, leave what is.
         """
         mended = [f"link {name}" for name in self.capture.attach()]
         maps = self.capture.maps
@@ -52,7 +52,8 @@ class NodeKernel:
             mended.append("node entry")
         pod_cgroups = {layout.u64(cgroups.cgroup_id(root)): layout.u32(1) for root in roots}
         mended += _sync(maps["pod_cgroups"], pod_cgroups)
-        mended += _sync(maps["probe_ports"], {port.pack(): layout.u32(pod) for port, pod in probes.items()})
+        if probes is not None:
+            mended += _sync(maps["probe_ports"], {port.pack(): layout.u32(pod) for port, pod in probes.items()})
         mended += self._trust()
         if mended and self._settled:
             log.warning("mended %s", ", ".join(mended))

@@ -48,6 +48,8 @@ class PodKernel:
     delivery_ports: list[listeners.PortRange] = field(default_factory=list)
     devices: frozenset[int] = frozenset()
     _steering: pod_steering.Steering | None = None
+    _stored: tuple[int, ...] = ()  # cookies of what the FD store keeps
+    _stored_name: str | None = None
     _cookie: int = 0
 
     @property
@@ -136,19 +138,24 @@ class PodKernel:
         """
         ipv6 = netns.run_in(self.netns_fd, _ipv6_on)
         missing = [slot for slot in listeners.wanted_slots(ipv6) if slot not in self.sockets]
-        if not missing:
-            return []
-        old_name = self._store_name() if self.sockets else None
-        self.sockets |= netns.run_in(self.netns_fd, lambda: listeners.make(missing, avoid))
-        fds = [self.sockets[slot].fileno() for slot in sorted(self.sockets)]
-        self.context.store.store(self._store_name(), fds)
-        if old_name is not None:
-            self.context.store.drop(old_name)
-        return ["listeners"]
+        if missing:
+            self.sockets |= netns.run_in(self.netns_fd, lambda: listeners.make(missing, avoid))
+        self._store_listeners()
+        return ["listeners"] if missing else []
 
-    def _store_name(self) -> str:
-        slots = ",".join(str(int(slot)) for slot in sorted(self.sockets))
-        return f"pod {self.record.uid} {slots}"
+    def _store_listeners(self) -> None:
+        slots = sorted(self.sockets)
+        held = tuple(listeners.socket_cookie(self.sockets[slot]) for slot in slots)
+        if held == self._stored:
+            return
+        name = self._name_in_store()
+        self.context.store.store(name, [self.sockets[slot].fileno() for slot in slots])
+        if self._stored_name not in (None, name):
+            self.context.store.drop(self._stored_name)
+        self._stored, self._stored_name = held, name
+
+    def _name_in_store(self) -> str:
+        return f"pod {self.record.uid} {','.join(str(int(slot)) for slot in sorted(self.sockets))}"
 
     def ensure_inbound(self) -> list[str]:
         """Steering with every listener in its slot. To be called once ztunnel accepts on them."""
@@ -239,7 +246,8 @@ class PodKernel:
     def close(self) -> None:
         """Gives up the namespace and the listeners; kept FDs would keep both alive."""
         if self.sockets:
-            self.context.store.drop(self._store_name())
+            self.context.store.drop(self._stored_name or self._name_in_store())
+            self._stored, self._stored_name = (), None
         for sock in self.sockets.values():
             sock.close()
         self.sockets.clear()

@@ -95,23 +95,7 @@ class Capture:
 
     def remove(self) -> None:
         """Detaches everything and unpins it: the node is as before."""
-        for program in PROGRAMS:
-            path = self.pins / "links" / program
-            if path.exists():
-                link = libbpf.obj_get(path)
-                try:
-                    if libbpf.LinkInfo(link).target:
-                        libbpf.link_detach(link, program)
-                finally:
-                    os.close(link)
-                path.unlink()
-        for name in MAPS:
-            (self.pins / "maps" / name).unlink(missing_ok=True)
-        for folder in ("links", "maps", "pods"):
-            if (self.pins / folder).is_dir():
-                (self.pins / folder).rmdir()
-        if self.pins.is_dir():
-            self.pins.rmdir()
+        remove(self.pins)
         self.close()
 
     def close(self) -> None:
@@ -147,3 +131,36 @@ def load(objects: Path, pins: Path, cgroup_root: Path) -> Capture:
         capture.close()
         raise
     return Capture(pins, cgroup_root, capture, maps)
+
+
+def enrolled_pods(pins: Path) -> int:
+    """How many pods are steered right now, by what is pinned."""
+    path = pins / "maps" / "enrolled"
+    if not path.exists():
+        return 0
+    enrolled = libbpf.Map.pinned(path)
+    try:
+        return sum(1 for _ in enrolled)
+    finally:
+        enrolled.close()
+
+
+def remove(pins: Path) -> None:
+    """Detaches and unpins everything under a node's pins.
+
+    Raises:
+        OSError: something that is not ours lies there.
+    """
+    for path in sorted((pins / "links").glob("*")):
+        link = libbpf.obj_get(path)
+        try:
+            if libbpf.LinkInfo(link).target:
+                libbpf.link_detach(link, path.name)
+        finally:
+            os.close(link)
+        path.unlink()
+    for name in MAPS:
+        (pins / "maps" / name).unlink(missing_ok=True)
+    for folder in (pins / "links", pins / "maps", pins / "pods", pins):
+        if folder.is_dir():
+            folder.rmdir()
