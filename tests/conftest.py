@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from features import needs_root  # noqa: E402 - lies beside this file
+from features import needs_root
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -80,16 +80,14 @@ def needs_root() -> None:
 
 
 def _configured(option: str) -> bool:
-    return any(line.startswith((f"{option}=y", f"{option}=m")) for line in _configuration())
+    lines = _configuration()
+    # Where nothing says what was left out, nothing may be missing.
+    return not lines or any(line.startswith((f"{option}=y", f"{option}=m")) for line in lines)
 
 
 @functools.cache
 def _configuration() -> tuple[str, ...]:
-    compressed = Path("/proc/config.gz")
+    compressed, plain = Path("/proc/config.gz"), Path(f"/boot/config-{platform.release()}")
     if compressed.exists():
         return tuple(gzip.decompress(compressed.read_bytes()).decode().splitlines())
-    for plain in (Path(f"/boot/config-{platform.release()}"), Path(f"/lib/modules/{platform.release()}/config")):
-        if plain.exists():
-            return tuple(plain.read_text().splitlines())
-    # Nothing says what was left out: then nothing may be missing.
-    return tuple(f"{feature.option}=y" for feature in (MPTCP, NFT_NAT, KERNEL_BTF)) + ("CONFIG_NFT_MASQ=y",)
+    return tuple(plain.read_text().splitlines()) if plain.exists() else ()

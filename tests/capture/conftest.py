@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+
 from capture.harness import Node, Pod
 from capture.remote import RemoteProcess
 from capture.topology import Family

@@ -24,7 +24,6 @@ from typing import Any, Final
 from capture.packets import Watch
 from capture.remote import RemoteProcess, RemoteSocket
 from capture.topology import Family, Netns, Network, addresses_of, wait_until
-
 from undermesh.agent import cgroups, netns
 from undermesh.agent.bpf import node_capture
 from undermesh.agent.bpf.layout import ListenerSlot
@@ -252,7 +251,9 @@ def slot_of(name: str, family: Family) -> ListenerSlot:
     return ListenerSlot[f"{name}_V{family.version}"]
 
 
-def listen(where: RemoteProcess, family: Family, port: int, address: str | None = None, protocol: int = 0) -> RemoteSocket:
+def listen(
+    where: RemoteProcess, family: Family, port: int, address: str | None = None, protocol: int = 0
+) -> RemoteSocket:
     """A server of a worker, with SO_REUSEADDR as nearly all have it."""
     server = where.socket(family.number, socket.SOCK_STREAM, protocol)
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

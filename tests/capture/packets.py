@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from capture.topology import Netns
-
 from undermesh.agent import netns
 
 _ETH_P_ALL: Final = 3

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from capture.remote import path_of
 
+from capture.remote import path_of
 from undermesh.agent import netns
 
 _CLONE_NEWNET: Final = 0x40000000
