@@ -6,11 +6,14 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from pathlib import Path
 
 from undermesh.lab.errors import LabError, PreconditionError
 from undermesh.lab.manifest import Pod
+
+MOUNTS = Path("/proc/mounts")
 
 
 def mount_point() -> Path:
@@ -19,7 +22,7 @@ def mount_point() -> Path:
     Raises:
         PreconditionError: it is not mounted.
     """
-    for line in Path("/proc/mounts").read_text().splitlines():
+    for line in MOUNTS.read_text().splitlines():
         _, target, kind, *_ = line.split()
         if kind == "cgroup2":
             return Path(target)
@@ -40,24 +43,43 @@ def processes(group: Path) -> list[int]:
         return []
 
 
+def kill(root: Path) -> None:
+    """SIGKILL everything in a cgroup and below it.
+
+    Raises:
+        LabError: the kernel has no cgroup.kill (5.14).
+    """
+    switch = root / "cgroup.kill"
+    if not switch.exists():
+        raise LabError(f"cgroup {root}: this kernel has no cgroup.kill; Linux 6.1 or newer is needed")
+    switch.write_text("1")
+
+
 def remove(root: Path, *, timeout: float = 5.0) -> None:
     """Kill everything in a cgroup and below it, and remove the tree.
 
     Raises:
         LabError: a process outlived SIGKILL for `timeout` seconds, or the kernel has no cgroup.kill (5.14).
     """
-    if not root.exists():
-        return
-    kill = root / "cgroup.kill"
-    if not kill.exists():
-        raise LabError(f"cgroup {root}: this kernel has no cgroup.kill; Linux 6.1 or newer is needed")
-    kill.write_text("1")
     deadline = time.monotonic() + timeout
-    while "populated 1" in (root / "cgroup.events").read_text():
+    while root.exists():
+        kill(root)
+        # A process may have been on its way in; it is killed the next time round.
+        if "populated 1" not in (root / "cgroup.events").read_text() and _remove_empty(root):
+            return
         if time.monotonic() > deadline:
             raise LabError(f"cgroup {root}: processes live on after SIGKILL; look at cgroup.procs below it")
         time.sleep(0.01)
-    for group in sorted(root.rglob("*/"), key=lambda path: len(path.parts), reverse=True):
-        if group.is_dir():
+
+
+def _remove_empty(root: Path) -> bool:
+    """Remove a tree of cgroups without processes; returns whether that worked."""
+    groups = [group for group in root.rglob("*/") if group.is_dir()]
+    try:
+        for group in [*sorted(groups, key=lambda path: len(path.parts), reverse=True), root]:
             group.rmdir()
-    root.rmdir()
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True

@@ -21,6 +21,7 @@ import os
 import secrets
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from http.client import HTTPConnection
@@ -28,10 +29,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from undermesh.agent import features
 from undermesh.lab import bpffs, cgroups, manifest, netns, network, services
 from undermesh.lab.build import Build
 from undermesh.lab.commands import ip_batch, run
-from undermesh.lab.errors import LabError
+from undermesh.lab.errors import LabError, PreconditionError
 from undermesh.lab.footprint import Claim, Footprint, clean_up_after_crashes
 from undermesh.lab.mesh import Mesh, NodePlace, wait_for
 from undermesh.lab.processes import Place
@@ -59,6 +61,7 @@ class Cluster:
         self._template = template
         self._build = build or Build.of_this_package()
         self._claim: Claim | None = None
+        self._killed = False
         self._children: list[subprocess.Popen[bytes]] = []
         self._mesh: Mesh | None = None
         self._source: SourceDirectory | None = None
@@ -104,6 +107,14 @@ class Cluster:
             claim.release()
             for child in self._children:
                 child.wait()
+
+    def kill(self) -> None:
+        """SIGKILL every process, so that whatever waits for one in another thread ends; `stop` must follow."""
+        self._killed = True
+        if self._mesh is not None:
+            self._mesh.give_up()
+        if self.cgroup.exists():
+            cgroups.kill(self.cgroup)
 
     @property
     def source(self) -> SourceDirectory:
@@ -172,6 +183,8 @@ class Cluster:
                 state=self.run_dir / "state",
                 logs=self.logs,
             )
+        if self._killed:
+            self._mesh.give_up()
         if "controlplane" not in self._mesh.parts:
             self._mesh.start_control_plane()
         names = [node] if node is not None else list(self.nodes)
@@ -187,6 +200,29 @@ class Cluster:
         self.mesh.stop(f"ztunnel-{node}")
         self.mesh.stop(f"agent-{node}")
 
+    def uninstall(self, node: str) -> None:
+        """Take the node-wide part out of the kernel, as an administrator does when the agent has stopped.
+
+        Raises:
+            LabError: the agent's uninstaller refused; the message holds what it said.
+        """
+        place = self.nodes[node]
+        argv = [sys.executable, "-m", "undermesh.agent.uninstall", "--pin-dir", str(place.pin_dir)]
+        done = place.system("agent").run(argv)
+        if done.returncode != 0:
+            raise LabError(f"uninstall on {node}: exit code {done.returncode}: {done.stderr.strip()}")
+
+    def check_machine(self) -> None:
+        """Ask the agent's own probe whether this kernel can run the mesh.
+
+        Raises:
+            PreconditionError: the first thing that is missing, and what to do.
+        """
+        for place in self.nodes.values():
+            for check in features.probe(place.pin_dir, place.cgroup, self._build.bpf):
+                if not check.ok:
+                    raise PreconditionError(f"{check.name}: {check.detail}: {check.next_step}")
+
     def wait_ready(self, node: str, seconds: float = 15.0) -> None:
         """Wait until the node's agent has its ztunnel and the control plane.
 
@@ -196,8 +232,7 @@ class Cluster:
         status: dict[str, Any] = {}
 
         def ready() -> bool:
-            self.mesh.parts[f"agent-{node}"].check_alive()
-            self.mesh.parts[f"ztunnel-{node}"].check_alive()
+            self.mesh.check_alive()
             status.clear()
             status.update(self._status_or_error(node))
             return bool(_connected(status, "ztunnel") and _connected(status, "control_plane"))
@@ -218,6 +253,7 @@ class Cluster:
         missing: list[str] = []
 
         def reached() -> bool:
+            self.mesh.check_alive()
             seen = {pod["uid"]: pod for node in self.nodes for pod in self._status_or_error(node).get("pods", [])}
             missing.clear()
             for uid, pod in wanted.items():

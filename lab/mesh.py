@@ -112,6 +112,7 @@ class Mesh:
         self._logs = logs
         self._root_bundle = state / "root.pem"
         self._issuer = TokenIssuer()
+        self._given_up = False
         self.parts: dict[str, Part] = {}
         """By name: controlplane, agent-<node>, ztunnel-<node>."""
 
@@ -141,8 +142,8 @@ class Mesh:
             "--root-bundle-out",
             str(self._root_bundle),
         ]
-        part = self._start("controlplane", node.system("controlplane"), argv)
-        self._wait("control plane's root certificate", 15, part, self._has_root)
+        self._start("controlplane", node.system("controlplane"), argv)
+        self._wait("control plane's root certificate", 15, self._has_root)
 
     def start_ztunnel(self, node: str) -> Part:
         """Start the node's ztunnel below its supervisor; it waits for the agent by itself."""
@@ -178,7 +179,7 @@ class Mesh:
         argv += ["--control-plane", f"{control_plane.address}:{CONTROL_PLANE_PORT}"]
         argv += ["--control-plane-name", CONTROL_PLANE_NAME]
         part = self._start(f"agent-{node}", place.system("agent"), argv)
-        self._wait(f"agent's socket on {node}", 15, part, (place.run_dir / "agent.sock").exists)
+        self._wait(f"agent's socket on {node}", 15, (place.run_dir / "agent.sock").exists)
         return part
 
     def stop(self, name: str) -> bool:
@@ -190,15 +191,27 @@ class Mesh:
         order = sorted(self.parts, key=lambda name: _STOP_ORDER.index(name.partition("-")[0]))
         return [name for name in order if not self.stop(name)]
 
+    def check_alive(self) -> None:
+        """Raise LabError if a part has ended, or `give_up` was called."""
+        if self._given_up:
+            raise LabError("the mesh is being stopped")
+        for part in self.parts.values():
+            part.check_alive()
+
+    def give_up(self) -> None:
+        """Make whatever waits for a part end soon; may be called from another thread."""
+        self._given_up = True
+
     def _start(self, name: str, place: processes.Place, argv: Sequence[str]) -> Part:
+        self.check_alive()
         if name in self.parts:
             raise LabError(f"{name} runs already")
         self.parts[name] = Part(name, place, argv, self._logs / f"{name}.log")
         return self.parts[name]
 
-    def _wait(self, what: str, seconds: float, part: Part, ready: Callable[[], bool]) -> None:
+    def _wait(self, what: str, seconds: float, ready: Callable[[], bool]) -> None:
         def check() -> bool:
-            part.check_alive()
+            self.check_alive()
             return ready()
 
         wait_for(what, seconds, check)

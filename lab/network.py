@@ -22,8 +22,8 @@ _ANY = {4: "0.0.0.0/0", 6: "::/0"}
 _NO_DAD = {
     "net/ipv6/conf/all/disable_ipv6": "0",
     "net/ipv6/conf/default/disable_ipv6": "0",
+    "net/ipv6/conf/all/accept_dad": "0",
     "net/ipv6/conf/default/accept_dad": "0",
-    "net/ipv6/conf/default/dad_transmits": "0",
     "net/ipv6/conf/default/accept_ra": "0",
 }
 POD_SYSCTLS = _NO_DAD

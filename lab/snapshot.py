@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from undermesh.lab import cgroups, netns, processes
@@ -32,8 +32,7 @@ _CHANGING_WORDS = re.compile(r"\\|\b(valid_lft|preferred_lft|expires) \S+")
 _CHANGING_SYSCTLS = re.compile(r"net/netfilter/nf_conntrack_count$|/stable_secret$|/route/flush$|/tcp_fastopen_key$")
 # Mounts of other kinds are none that the lab or the agent could have made.
 _MOUNT_KINDS = {"bpf", "nsfs", "cgroup2"}
-# systemd loads programs of its own whenever it starts a unit.
-_FOREIGN_BPF = re.compile(r"^sd_")
+_FDINFO = re.compile(r"^(prog|map|link)_id:\s+(\d+)$", re.MULTILINE)
 
 
 def differences(before: Snapshot, after: Snapshot) -> list[str]:
@@ -57,9 +56,10 @@ def take_netns(name: str) -> Snapshot:
 
 
 def take_host(prefix: str) -> Snapshot:
-    """The machine: this process's netns as above, mounts, pins, BPF objects, run files.
+    """The machine: this process's netns as above, mounts, pins, run files.
 
-    Of processes, cgroups and namespaces only those of the lab `prefix` are taken: others come and go.
+    Of processes, cgroups and namespaces only those of the lab `prefix` are taken: others come and go. So do
+    BPF objects; bpf_objects and bpf_left_over follow the lab's own.
     """
     seen: Snapshot = Counter()
     seen.update(_ip_views(["ip"]))
@@ -67,7 +67,6 @@ def take_host(prefix: str) -> Snapshot:
     seen.update(_sysctls())
     seen.update(("mount", line) for line in _mounts(prefix))
     seen.update(("pin", line) for line in _pins(prefix))
-    seen.update(_bpf_objects())
     seen.update(("netns", path.name) for path in _below(netns.NETNS_DIR) if path.name.startswith(prefix))
     seen.update(("process", line) for line in _processes(prefix))
     seen.update(("file", str(path)) for path in _below(Path("/run")) if path.name.startswith(prefix))
@@ -124,22 +123,61 @@ def _pins(prefix: str) -> Iterator[str]:
             yield from (str(path) for path in top.rglob("*"))
 
 
-def _bpf_objects() -> Iterator[tuple[str, str]]:
-    for kind in ("prog", "map", "link"):
-        for item in json.loads(run(["bpftool", "-j", kind, "show"])):
-            name = item.get("name", "")
-            if not _FOREIGN_BPF.search(name):
-                what = f"{item.get('type', '?')} {name}".strip()
-                yield f"BPF {kind}", f"id {item['id']} {what} {item.get('attach_type', '')}".strip()
+def bpf_objects(prefix: str) -> dict[tuple[str, int], str]:
+    """The BPF objects that the lab `prefix` has pinned or holds open: (kind, id) -> name, to look for later."""
+    held = set(_held_bpf_objects(prefix))
+    pins = f"{BPFFS}/{prefix}-"
+    return {
+        key: name
+        for key, (name, paths) in _all_bpf_objects().items()
+        if key in held or any(path.startswith(pins) for path in paths)
+    }
+
+
+def bpf_left_over(known: Mapping[tuple[str, int], str]) -> list[str]:
+    """Which of the objects that `bpf_objects` saw are there still, as `differences` would say it."""
+    there = _all_bpf_objects()
+    return [
+        f"left over: BPF {kind}: id {number} {known[kind, number]}" for kind, number in known if (kind, number) in there
+    ]
+
+
+def _all_bpf_objects() -> dict[tuple[str, int], tuple[str, list[str]]]:
+    """(kind, id) -> (name, paths of its pins)."""
+    return {
+        (kind, item["id"]): (f"{item.get('type', '')} {item.get('name', '')}".strip(), item.get("pinned", []))
+        for kind in ("prog", "map", "link")
+        for item in json.loads(run(["bpftool", "-j", "-f", kind, "show"]))
+    }
+
+
+def _held_bpf_objects(prefix: str) -> Iterator[tuple[str, int]]:
+    """Those that processes of the lab have open, by what /proc says of their FDs."""
+    for process in _marked(prefix):
+        for info in (process / "fdinfo").glob("*"):
+            try:
+                text = info.read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            yield from ((kind, int(number)) for kind, number in _FDINFO.findall(text))
 
 
 def _processes(prefix: str) -> Iterator[str]:
+    for process in _marked(prefix):
+        try:
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        yield f"pid {process.name}: {command.strip()}"
+
+
+def _marked(prefix: str) -> Iterator[Path]:
+    """The /proc directories of the lab's processes."""
     mark = f"{processes.MARK}={prefix}".encode()
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if mark in (path / "environ").read_bytes().split(b"\0"):
-                command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                yield f"pid {path.name}: {command.strip()}"
+                yield path
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             # Gone meanwhile, or closed even to root, as pid 1 of a container is: none of ours.
             continue

@@ -89,6 +89,11 @@ async def _run(build: Build, report: Report, *, hold: bool, keep_logs: Path | No
             if scene is removal and hold:
                 await _hold(stage)
             await scene(stage)
+    except asyncio.CancelledError:
+        stage.cluster.kill()
+        raise
+    except PreconditionError:
+        raise
     except LabError as error:
         report.row("the demo went on to its end", False, 0, "", str(error))
     finally:

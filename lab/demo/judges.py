@@ -130,12 +130,12 @@ async def reasons(stage: Stage, name: str, log: AccessLog) -> None:
     stage.report.row(name, bool(lines) and count > 0, len(lines), "log lines", f"{said}; metric {DENIED}: {count:g}")
 
 
-def same(stage: Stage, name: str, changed: Sequence[str]) -> None:
-    """Nothing differs from before."""
+def same(stage: Stage, name: str, changed: Sequence[str], note: str = "") -> None:
+    """Nothing differs from before; `note` says what else that means."""
     for line in changed:
         stage.report.say(f"   {line}")
     more = f" and {len(changed) - 2} more, listed above" if len(changed) > 2 else ""
-    stage.report.row(name, not changed, len(changed), "differences", "; ".join(changed[:2]) + more)
+    stage.report.row(name, not changed, len(changed), "differences", "; ".join(changed[:2]) + more or note)
 
 
 def _between_pods(stage: Stage, flow: Flow) -> bool:

@@ -144,6 +144,7 @@ async def crashes(stage: Stage) -> None:
 
 async def removal(stage: Stage) -> None:
     """6: un-enrol, stop and remove everything."""
+    await stage.call(stage.remember_bpf)
     stage.report.say("6  taking the label away while connections are open")
     await stage.web.open("last")
     stage.cluster.label_namespace(NAMESPACE, {ENROL_LABEL: None})
@@ -167,9 +168,15 @@ async def removal(stage: Stage) -> None:
         now = await stage.call(snapshot.take_netns, stage.cluster.netns(pod))
         changed += [f"{pod}: {line}" for line in snapshot.differences(before, now)]
     judges.same(stage, "6 the pods' links, rules, routes, sysctls, programs are as before", changed)
+    for node in stage.cluster.nodes:
+        await stage.call(stage.cluster.uninstall, node)
+    left = await until(5, partial(stage.call, stage.mesh_left_over), lambda found: not found)
+    judges.same(
+        stage, "6 no pin and no BPF object of the mesh is left", left, f"{len(stage.bpf_known)} objects are gone"
+    )
     await stage.leave()
     changed = await until(5, partial(stage.call, stage.host_differences), lambda found: not found)
-    judges.same(stage, "6 the machine's links, pins, processes, cgroups ... are as before", changed)
+    judges.same(stage, "6 the machine's links, pins, processes, cgroups, mounts ... are as before", changed)
 
 
 SCENES: Sequence[Callable[[Stage], Awaitable[None]]] = (plain, enrol, encrypted, policy, crashes, removal)

@@ -16,7 +16,7 @@ from undermesh.lab.cluster import Cluster
 from undermesh.lab.demo.report import Report
 from undermesh.lab.demo.telemetry import AccessLog
 from undermesh.lab.demo.traffic import SERVERS, ClientPod, Outcome, targets
-from undermesh.lab.snapshot import Snapshot, differences, take_host, take_netns
+from undermesh.lab.snapshot import Snapshot, bpf_left_over, bpf_objects, differences, take_host, take_netns
 
 HERE = Path(__file__).parent
 APPS = HERE.parent / "apps"
@@ -40,6 +40,7 @@ class Stage:
         self.web, self.batch = (ClientPod(name, self.targets) for name in CLIENTS)
         self.host_before: Snapshot | None = None
         self.pods_before: dict[str, Snapshot] = {}
+        self.bpf_known: dict[tuple[str, int], str] = {}
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="demo")
         self._capture: Capture | None = None
 
@@ -72,6 +73,7 @@ class Stage:
         """Look at the machine, build the cluster, start capture and apps."""
         self.host_before = await self.call(take_host, self.cluster.prefix)
         await self.call(self.cluster.start)
+        await self.call(self.cluster.check_machine)
         node = self.cluster.nodes[self.client_node]
         self._capture = await self.call(Capture, node.netns, "u0", self.token.encode())
         for server, kind in SERVERS.items():
@@ -108,6 +110,15 @@ class Stage:
         """How the machine differs from what it was before `enter`."""
         assert self.host_before is not None, "enter() comes first"
         return differences(self.host_before, take_host(self.cluster.prefix))
+
+    def mesh_left_over(self) -> list[str]:
+        """What is left of the mesh in the kernel: pins, and BPF objects that remember_bpf saw."""
+        pins = [f"left over: pin: {place.pin_dir}" for place in self.cluster.nodes.values() if place.pin_dir.exists()]
+        return [*pins, *bpf_left_over(self.bpf_known)]
+
+    def remember_bpf(self) -> None:
+        """Note which BPF objects are the mesh's, so that mesh_left_over can look for them."""
+        self.bpf_known = bpf_objects(self.cluster.prefix)
 
     def is_pod(self, address: str) -> bool:
         """Whether an address belongs to a pod of the demo."""

@@ -1,0 +1,147 @@
+"""The demo as a user meets it: refusals in one line, and nothing left behind however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from undermesh.lab import cgroups, footprint, netns, snapshot
+from undermesh.lab.build import Build
+from undermesh.lab.demo import preconditions
+from undermesh.lab.demo.report import Report
+from undermesh.lab.errors import PreconditionError
+
+
+@pytest.fixture
+def empty_build(tmp_path: Path) -> Path:
+    """A build directory whose ztunnel does nothing: the demo gets as far as its first row."""
+    idle = "#!/bin/sh\nexec sleep 60\n"
+    for name, text in {"rust/fast/ztunnel": idle, "bpf/capture.bpf.o": "", "bpf/lookup.bpf.o": ""}.items():
+        path = tmp_path / "build" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    return tmp_path / "build"
+
+
+@pytest.fixture
+def demo(empty_build: Path) -> Iterator[subprocess.Popen[str]]:
+    """A running demo that has finished its first row."""
+    argv = [sys.executable, "-u", "-m", "undermesh.lab.demo", "--build", str(empty_build)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    prefix = ""
+    for line in process.stdout:
+        if "laying out" in line:
+            prefix = line.rpartition("(")[2].strip(" )\n")
+        if "shows their token" in line:
+            break
+    assert prefix, process.stderr.read() if process.stderr else ""
+    process.prefix = prefix  # type: ignore[attr-defined]
+    yield process
+    process.kill()
+    process.communicate()
+    footprint.clean_up_after_crashes()
+
+
+def traces(prefix: str) -> list[str]:
+    """What there is of a lab."""
+    found = [f"{kind}: {line}" for kind, line in snapshot.take_host(prefix) if prefix in line or kind == "process"]
+    found += [str(path) for path in footprint.STATE_DIR.glob(f"{prefix}*")]
+    return found
+
+
+@pytest.mark.root
+def test_a_killed_demo_is_cleared_up_by_the_next_lab(demo: subprocess.Popen[str]) -> None:
+    prefix = demo.prefix  # type: ignore[attr-defined]
+    demo.kill()
+    demo.wait()
+    assert traces(prefix)
+    assert prefix in footprint.clean_up_after_crashes()
+    assert traces(prefix) == []
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_demo_that_is_interrupted_clears_up_itself(demo: subprocess.Popen[str], number: signal.Signals) -> None:
+    demo.send_signal(number)
+    _, said = demo.communicate(timeout=30)
+    assert demo.returncode == 130
+    assert "Traceback" not in said
+    assert traces(demo.prefix) == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.root
+def test_a_second_demo_at_the_same_time_is_refused(demo: subprocess.Popen[str], empty_build: Path) -> None:
+    second = subprocess.run(
+        [sys.executable, "-m", "undermesh.lab.demo", "--build", str(empty_build)],
+        capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    assert second.returncode == os.EX_TEMPFAIL
+    assert second.stdout == ""
+    assert second.stderr == (
+        f"demo: another demo runs on this machine (pid {demo.pid}): wait for it or stop it with Ctrl-C\n"
+    )
+    assert demo.poll() is None
+
+
+@pytest.mark.root
+def test_a_live_labs_record_is_left_alone(demo: subprocess.Popen[str]) -> None:
+    prefix = demo.prefix  # type: ignore[attr-defined]
+    assert prefix not in footprint.clean_up_after_crashes()
+    assert demo.poll() is None
+    assert netns.path(f"{prefix}-web").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "said", "code"),
+    [
+        pytest.param("root", "needs root", os.EX_NOPERM, id="not root"),
+        pytest.param("nft", "nft is not installed: apt-get install nftables", os.EX_UNAVAILABLE, id="no nft"),
+        pytest.param("bpftool", "bpftool is not installed", os.EX_UNAVAILABLE, id="no bpftool"),
+        pytest.param("cgroup2", "cgroup2 is not mounted", os.EX_UNAVAILABLE, id="no cgroup2"),
+        pytest.param("ztunnel", "ztunnel is not built: run `make build`", os.EX_UNAVAILABLE, id="not built"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(
+    empty_build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, said: str, code: int
+) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in preconditions.TOOLS:
+        if tool != missing:
+            (tools / tool).symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000 if missing == "root" else 0)
+    mounts = tmp_path / "mounts"
+    mounts.write_text("proc /proc proc rw 0 0\n" + ("" if missing == "cgroup2" else "none /cg cgroup2 rw 0 0\n"))
+    monkeypatch.setattr(cgroups, "MOUNTS", mounts)
+    if missing == "ztunnel":
+        (empty_build / "rust/fast/ztunnel").unlink()
+    with pytest.raises(PreconditionError, match=said) as error:
+        preconditions.check(Build(empty_build))
+    assert error.value.exit_code == code
+    assert "\n" not in str(error.value)
+
+
+def test_rows_are_written_as_json_lines(tmp_path: Path) -> None:
+    report = Report(Console(quiet=True))
+    assert not report.ok
+    report.row("1 first", True, 1.23456, "s", "note")
+    assert report.ok
+    report.row("2 second", False, 0, "flows")
+    assert not report.ok
+    report.write(tmp_path / "report.json")
+    rows = [json.loads(line) for line in (tmp_path / "report.json").read_text().splitlines()]
+    assert rows == [
+        {"suite": "demo", "name": "1 first", "ok": True, "value": 1.235, "unit": "s", "note": "note"},
+        {"suite": "demo", "name": "2 second", "ok": False, "value": 0, "unit": "flows", "note": ""},
+    ]
