@@ -24,7 +24,10 @@ from undermesh.agent.pod_record import PodRecord, PodRecords
 
 log = logging.getLogger(__name__)
 
-_FWMARK_ACCEPT: Final = Path("/proc/sys/net/ipv4/tcp_fwmark_accept")
+# Answers go the way of what they answer: those of sockets that the app accepts from a delivery, and those of no
+# socket at all (a refused delivery would else be reset towards the client, and ztunnel never hear of it).
+_SYSCTLS: Final = ("ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect")
+_PROC_NET: Final = Path("/proc/sys/net")
 
 
 @dataclass
@@ -75,14 +78,7 @@ class PodKernel:
         return mended
 
     def _routing(self, addresses: Sequence[IPAddress]) -> list[str]:
-        mended = []
-        present = _FWMARK_ACCEPT.read_text().strip()
-        if self.record.fwmark_accept is None:
-            self.record.fwmark_accept = present
-            self.context.records.save(self.record)
-        if present != "1":
-            _FWMARK_ACCEPT.write_text("1")
-            mended.append("tcp_fwmark_accept")
+        mended = self._sysctls()
         self.delivery_ports = listeners.delivery_ports(listeners.ephemeral_range())
         devices: set[int] = set()
         with IPRoute() as netlink:
@@ -97,6 +93,21 @@ class PodKernel:
                     mended.append(f"{'IPv4' if family == socket.AF_INET else 'IPv6'} rules and routes")
                 devices |= {route.ifindex for route in routing.wanted_routes(state, addresses)}
         self.devices = frozenset(devices)
+        return mended
+
+    def _sysctls(self) -> list[str]:
+        mended = []
+        for name in _SYSCTLS:
+            path = _PROC_NET / name
+            if not path.exists():
+                continue  # a kernel without IPv6
+            present = path.read_text().strip()
+            if name not in self.record.sysctls:
+                self.record.sysctls[name] = present
+                self.context.records.save(self.record)
+            if present != "1":
+                path.write_text("1")
+                mended.append(name)
         return mended
 
     def _publish_devices(self) -> None:
@@ -240,8 +251,8 @@ class PodKernel:
             for family in routing.FAMILIES:
                 state = routing.read(netlink, family, self.record.tables.get(family))
                 routing.apply(netlink, family, routing.plan_absent(state))
-        if self.record.fwmark_accept is not None:
-            _FWMARK_ACCEPT.write_text(self.record.fwmark_accept)
+        for name, value in self.record.sysctls.items():
+            (_PROC_NET / name).write_text(value)
 
     def close(self) -> None:
         """Gives up the namespace and the listeners; kept FDs would keep both alive."""

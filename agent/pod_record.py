@@ -17,7 +17,7 @@ class PodRecord(msgspec.Struct):
     Attributes:
         pod_id: the pod's number in the BPF maps.
         netns_inode: the namespace that all this is about.
-        fwmark_accept: net.ipv4.tcp_fwmark_accept as it was before enrolment.
+        sysctls: those we set, under /proc/sys/net, as they were before enrolment.
         tables: our routing table per address family.
     """
 
@@ -26,7 +26,7 @@ class PodRecord(msgspec.Struct):
     name: str
     pod_id: int
     netns_inode: int
-    fwmark_accept: str | None = None
+    sysctls: dict[str, str] = {}
     tables: dict[int, int] = {}
 
 
