@@ -166,7 +166,7 @@ class PodKernel:
         self._stored, self._stored_name = held, name
 
     def _name_in_store(self) -> str:
-        return f"pod {self.record.uid} {','.join(str(int(slot)) for slot in sorted(self.sockets))}"
+        return f"pod/{self.record.uid}/{','.join(str(int(slot)) for slot in sorted(self.sockets))}"
 
     def ensure_inbound(self) -> list[str]:
         """Steering with every listener in its slot. To be called once ztunnel accepts on them."""
@@ -269,7 +269,7 @@ class PodKernel:
 
 def parse_store_name(name: str) -> tuple[str, list[ListenerSlot]] | None:
     """The pod uid and slots of a name in the FD store, None if it is none of ours."""
-    match name.split(" "):
+    match name.split("/"):
         case ["pod", uid, slots]:
             return uid, [ListenerSlot(int(slot)) for slot in slots.split(",")]
     return None

@@ -67,6 +67,7 @@ class _Session:
     pid: int
     instance: str = ""
     build: str = ""
+    open: bool = False  # it has the settings: changes go out at once, during the snapshot too
     sequence: int = 0
     waiting: dict[int, asyncio.Future[None]] = field(default_factory=dict)
     dumps: dict[int, asyncio.Future[wire.DumpReply]] = field(default_factory=dict)
@@ -311,17 +312,21 @@ class ZtunnelLink:
         await self._on_held(HeldPod(held.uid, held.netns_inode, fds[0], listeners))
 
     async def _send_snapshot(self, session: _Session, held_pods: Iterable[str], held: dict[ResourceKey, str]) -> None:
-        """Sends what the peer lacks. Changes made meanwhile go out behind it: they read the same state."""
+        """Sends what the peer lacks. Changes made meanwhile go out between its frames, which therefore read the
+        state when they are sent: nothing old ever follows what is newer."""
         try:
             await self._tell(session, wire.AgentFrame(hello=self._hello))
+            session.open = True
             await self._snapshot_complete.wait()
             await self._tell(session, wire.AgentFrame(trust_bundle=wire.TrustBundle(roots_pem=self._bundle)))
-            for certificate in list(self._certificates.values()):
-                await self._tell(session, wire.AgentFrame(certificate=certificate))
+            for identity in list(self._certificates):
+                if (certificate := self._certificates.get(identity)) is not None:
+                    await self._tell(session, wire.AgentFrame(certificate=certificate))
             await self._send_resources(session, held)
-            for pod in list(self._pods.values()):
-                frame = wire.AgentFrame(pod_add=pod.message)
-                await self._tell(session, frame, (pod.netns_fd, *pod.listener_fds), tolerate=True)
+            for uid in list(self._pods):
+                if (pod := self._pods.get(uid)) is not None:
+                    frame = wire.AgentFrame(pod_add=pod.message)
+                    await self._tell(session, frame, (pod.netns_fd, *pod.listener_fds), tolerate=True)
             # After a restart of the agent its workers may be on their way: the reconciler decides about these.
             self.orphans = set(held_pods) - set(self._pods)
             await self._tell(session, wire.AgentFrame(snapshot_end=wire.SnapshotEnd()))
@@ -333,17 +338,18 @@ class ZtunnelLink:
             self._ready.set()
 
     async def _send_resources(self, session: _Session, held: dict[ResourceKey, str]) -> None:
-        changed = [r for key, r in self._resources.items() if held.get(key) != r.version]
+        changed = [key for key, r in self._resources.items() if held.get(key) != r.version]
         gone = [wire.ResourceName(type_url=t, name=n) for t, n in held if (t, n) not in self._resources]
         for start in range(0, len(changed), _RESOURCES_PER_FRAME):
-            part = changed[start : start + _RESOURCES_PER_FRAME]
+            keys = changed[start : start + _RESOURCES_PER_FRAME]
+            part = [self._resources[key] for key in keys if key in self._resources]
             await self._tell(session, wire.AgentFrame(resources=wire.Resources(upserts=part)))
         if gone:
             await self._tell(session, wire.AgentFrame(resources=wire.Resources(removals=gone)))
 
     async def _change(self, frame: wire.AgentFrame, fds: Sequence[int] = ()) -> None:
         session = self._session
-        if session is None or not self.connected:
+        if session is None or not session.open:
             raise ZtunnelAway("ztunnel is not connected")
         await self._tell(session, frame, fds)
 
