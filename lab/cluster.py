@@ -240,7 +240,8 @@ class Cluster:
         try:
             wait_for(f"agent of {node} with ztunnel and control plane", seconds, ready)
         except LabError as error:
-            raise LabError(f"{error}; its status: {json.dumps(status)}") from error
+            said = {key: status[key] for key in ("ztunnel", "control_plane", "error") if key in status}
+            raise LabError(f"{error}; its status: {json.dumps(said)}") from error
 
     def wait_pods(self, namespace: str, state: str, seconds: float = 15.0) -> float:
         """Wait until every pod of the namespace is in `state` ("enrolled", "plain"); returns how long.

@@ -130,12 +130,13 @@ async def reasons(stage: Stage, name: str, log: AccessLog) -> None:
     stage.report.row(name, bool(lines) and count > 0, len(lines), "log lines", f"{said}; metric {DENIED}: {count:g}")
 
 
-def same(stage: Stage, name: str, changed: Sequence[str], note: str = "") -> None:
-    """Nothing differs from before; `note` says what else that means."""
+def same(stage: Stage, name: str, changed: Sequence[str], meanwhile: int) -> None:
+    """Nothing differs from before; `meanwhile` were found by the same comparison while the mesh was there."""
     for line in changed:
         stage.report.say(f"   {line}")
     more = f" and {len(changed) - 2} more, listed above" if len(changed) > 2 else ""
-    stage.report.row(name, not changed, len(changed), "differences", "; ".join(changed[:2]) + more or note)
+    note = "; ".join(changed[:2]) + more or f"{meanwhile} while the mesh ran"
+    stage.report.row(name, not changed and meanwhile > 0, len(changed), "differences", note)
 
 
 def _between_pods(stage: Stage, flow: Flow) -> bool:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
-from undermesh.lab import netns, snapshot
+from undermesh.lab import netns
 from undermesh.lab.cluster import ENROL_LABEL
 from undermesh.lab.demo import judges
 from undermesh.lab.demo.judges import SETTLE, gather, until
@@ -145,6 +145,8 @@ async def crashes(stage: Stage) -> None:
 async def removal(stage: Stage) -> None:
     """6: un-enrol, stop and remove everything."""
     await stage.call(stage.remember_bpf)
+    looks = (stage.pod_differences, stage.mesh_left_over, stage.host_differences)
+    pods, mesh, host = [len(await stage.call(look)) for look in looks]
     stage.report.say("6  taking the label away while connections are open")
     await stage.web.open("last")
     stage.cluster.label_namespace(NAMESPACE, {ENROL_LABEL: None})
@@ -163,20 +165,15 @@ async def removal(stage: Stage) -> None:
     stage.report.say("6  stopping and removing everything")
     killed = await stage.call(stage.cluster.mesh.stop_all)
     stage.report.row("6 every part stops by itself", not killed, len(killed), "killed", ", ".join(killed))
-    changed: list[str] = []
-    for pod, before in stage.pods_before.items():
-        now = await stage.call(snapshot.take_netns, stage.cluster.netns(pod))
-        changed += [f"{pod}: {line}" for line in snapshot.differences(before, now)]
-    judges.same(stage, "6 the pods' links, rules, routes, sysctls, programs are as before", changed)
+    changed = await stage.call(stage.pod_differences)
+    judges.same(stage, "6 the pods' links, rules, routes, sysctls, programs are as before", changed, pods)
     for node in stage.cluster.nodes:
         await stage.call(stage.cluster.uninstall, node)
     left = await until(5, partial(stage.call, stage.mesh_left_over), lambda found: not found)
-    judges.same(
-        stage, "6 no pin and no BPF object of the mesh is left", left, f"{len(stage.bpf_known)} objects are gone"
-    )
+    judges.same(stage, "6 no pin and no BPF object of the mesh is left", left, mesh)
     await stage.leave()
     changed = await until(5, partial(stage.call, stage.host_differences), lambda found: not found)
-    judges.same(stage, "6 the machine's links, pins, processes, cgroups, mounts ... are as before", changed)
+    judges.same(stage, "6 the machine's links, pins, processes, cgroups, mounts ... are as before", changed, host)
 
 
 SCENES: Sequence[Callable[[Stage], Awaitable[None]]] = (plain, enrol, encrypted, policy, crashes, removal)

@@ -111,6 +111,14 @@ class Stage:
         assert self.host_before is not None, "enter() comes first"
         return differences(self.host_before, take_host(self.cluster.prefix))
 
+    def pod_differences(self) -> list[str]:
+        """How the pods' network namespaces differ from what they were before the mesh came."""
+        return [
+            f"{pod}: {line}"
+            for pod, before in self.pods_before.items()
+            for line in differences(before, take_netns(self.cluster.netns(pod)))
+        ]
+
     def mesh_left_over(self) -> list[str]:
         """What is left of the mesh in the kernel: pins, and BPF objects that remember_bpf saw."""
         pins = [f"left over: pin: {place.pin_dir}" for place in self.cluster.nodes.values() if place.pin_dir.exists()]
