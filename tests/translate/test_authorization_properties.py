@@ -113,7 +113,7 @@ CONNECTIONS = [
 
 
 @given(policies())
-@settings(max_examples=200)
+@settings(max_examples=120)
 def test_the_conversion_never_widens_a_policy(policy: AuthorizationPolicy) -> None:
     outcome = convert(policy, SETTINGS)
     assert outcome.valid, outcome.notes
@@ -127,7 +127,7 @@ def test_the_conversion_never_widens_a_policy(policy: AuthorizationPolicy) -> No
 
 
 @given(policies(layer7=False))
-@settings(max_examples=200)
+@settings(max_examples=120)
 def test_a_policy_of_l4_attributes_alone_is_enforced_exactly(policy: AuthorizationPolicy) -> None:
     outcome = convert(policy, SETTINGS)
     assert outcome.authorization is not None
@@ -137,7 +137,7 @@ def test_a_policy_of_l4_attributes_alone_is_enforced_exactly(policy: Authorizati
 
 
 @given(policies(BAD))
-@settings(max_examples=200)
+@settings(max_examples=120)
 def test_any_policy_is_converted_or_fails_closed(policy: AuthorizationPolicy) -> None:
     outcome = convert(policy, SETTINGS)
     assert outcome.authorization is not None

@@ -16,6 +16,7 @@ from undermesh.controlplane.translate import (
     Translation,
     translate,
 )
+from undermesh.controlplane.translate.authorization import selects_pod
 from undermesh.proto import authorization_pb2 as rbac
 from undermesh.proto import workload_pb2 as wds
 from undermesh.proto.report_pb2 import ACCEPTS_TUNNELS, PLAIN, SENDS_TUNNELS
@@ -345,8 +346,17 @@ def test_scope_and_carriers_follow_namespace_and_selector(
         assert list(workload(translation, "a").authorization_policies) == [f"{namespace}/p"]
 
 
+@pytest.mark.parametrize(("namespace", "selector", "scope", "carriers"), SCOPES)
+def test_the_selection_of_one_pod_agrees_with_the_published_names(
+    namespace: str, selector: str, scope: int, carriers: list[str]
+) -> None:
+    objects = world(pod("a", labels="app: a"), pol("p", namespace, f"{selector}rules: []"))
+    (policy,), (selected,) = objects.authorization_policies.values(), objects.pods.values()
+    assert selects_pod(policy, selected, SETTINGS) is ("shop/a" in carriers)
+
+
 def test_another_root_namespace_can_be_set() -> None:
-    objects = world(pol("p", "istio-system", "{}").replace("{{}}", "{}"))
+    objects = world(pol("p", "istio-system", ""))
     translation = translate(objects, {}, Settings(root_namespace="istio-system"))
     assert authorization(translation, "istio-system/p").scope == rbac.GLOBAL
 
