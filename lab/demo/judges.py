@@ -16,6 +16,8 @@ from undermesh.lab.wire import HBONE_PORT, Flow, Observation
 
 SETTLE = 0.6
 """Seconds in which open conversations must have exchanged something: a dozen of their messages."""
+PATIENCE = 5.0
+"""Seconds in which a log line or a metric must have appeared."""
 DENIED = "istio_tcp_connections_failed_total"
 
 T = TypeVar("T")
@@ -105,7 +107,7 @@ async def identities(stage: Stage, name: str, logs: Mapping[str, AccessLog]) -> 
             for entry in entries
         }
 
-    found = await until(3, look, lambda found: found == wanted)
+    found = await until(PATIENCE, look, lambda found: found == wanted)
     lacking = sorted(f"{direction}: {source} to {target}" for direction, source, target in wanted - found)
     note = f"not named: {'; '.join(lacking[:2])}" if lacking else next(iter(sorted(found)))[1]
     stage.report.row(name, not lacking, len(found), f"of {len(wanted)}", note)
@@ -125,7 +127,7 @@ async def reasons(stage: Stage, name: str, log: AccessLog) -> None:
         metrics = await stage.call(telemetry.scrape, node.netns, node.address, METRICS_PORT)
         return lines, telemetry.total(metrics, DENIED, {"response_flags": "DENY"})
 
-    lines, count = await until(5, look, lambda found: bool(found[0]) and found[1] > 0)
+    lines, count = await until(PATIENCE, look, lambda found: bool(found[0]) and found[1] > 0)
     said = str(lines[0]["error"]) if lines else "no line of the access log names policy shop/deny-batch"
     stage.report.row(name, bool(lines) and count > 0, len(lines), "log lines", f"{said}; metric {DENIED}: {count:g}")
 

@@ -101,6 +101,46 @@ def test_a_live_labs_record_is_left_alone(demo: subprocess.Popen[str]) -> None:
     assert netns.path(f"{prefix}-web").exists()
 
 
+@pytest.mark.root
+def test_every_row_of_the_demo_holds(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "undermesh.lab.demo", "--report", str(report), "--keep-logs", str(tmp_path / "logs")],
+        capture_output=True, text=True, timeout=110, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    rows = [json.loads(line) for line in report.read_text().splitlines()]
+    assert {row["name"].partition(" ")[0] for row in rows} == {"1", "2", "3", "4", "5", "6"}
+    assert all(row["ok"] and row["suite"] == "demo" for row in rows)
+
+
+@pytest.mark.root
+def test_a_demo_that_is_held_shows_commands_that_work_and_then_removes_everything(tmp_path: Path) -> None:
+    argv = [sys.executable, "-u", "-m", "undermesh.lab.demo", "--hold", "--keep-logs", str(tmp_path / "logs")]
+    with subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
+    ) as held:
+        assert held.stdout is not None
+        commands = []
+        said = []
+        for line in held.stdout:
+            said.append(line)
+            if "UNDERMESH_RUN_DIR" in line:
+                commands.append(line.strip())
+            if "Ctrl-C goes on" in line:
+                break
+        try:
+            assert len(commands) == 10, "".join(said)
+            for command in commands:
+                shown = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=20, check=False)
+                assert shown.returncode == 0, f"{command}\n{shown.stdout}{shown.stderr}"
+                assert shown.stdout
+        finally:
+            held.send_signal(signal.SIGINT)
+            rest, _ = held.communicate(timeout=60)
+    assert held.returncode == 0, rest
+
+
 @pytest.mark.parametrize(
     ("missing", "said", "code"),
     [
