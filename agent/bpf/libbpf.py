@@ -22,6 +22,7 @@ _STR = ctypes.c_char_p
 
 # How much of a verifier log an error shows; the whole log stays on the exception.
 _LOG_LINES_SHOWN: Final = 6
+_LOG_INFO: Final = 1  # enum libbpf_print_level; what lies above is for who debugs libbpf
 
 
 class AttachType(IntEnum):
@@ -69,7 +70,9 @@ class _Lib:
         libc = ctypes.CDLL(None)
         libc.vsnprintf.argtypes = [_P, ctypes.c_size_t, _STR, _P]
 
-        def collect(_level: int, message: bytes, arguments: int) -> int:
+        def collect(level: int, message: bytes, arguments: int) -> int:
+            if level > _LOG_INFO:
+                return 0
             buffer = ctypes.create_string_buffer(65536)
             libc.vsnprintf(buffer, len(buffer), message, arguments)
             self._log.append(buffer.value.decode(errors="replace"))
