@@ -70,6 +70,7 @@ class RemoteProcess:
         self._count = 0
         self._reader = threading.Thread(target=self._read, name=f"worker {self._process.pid}", daemon=True)
         self._reader.start()
+        self.call(None, "ready")
 
     @property
     def pid(self) -> int:

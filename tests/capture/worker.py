@@ -31,6 +31,9 @@ class Worker:
 
     # === what can be asked for beside the methods of a socket ===
 
+    def ready(self):
+        """Answered once the process is where it belongs."""
+
     def socket(self, family, kind, protocol):
         return self.keep(socket.socket(family, kind, protocol))
 
@@ -87,10 +90,6 @@ class Worker:
             parts.append(part)
             size -= len(part)
         return b"".join(parts)
-
-    def write_file(self, path, text):
-        with open(path, "w") as f:
-            f.write(text)
 
     # === requests ===
 
