@@ -616,7 +616,7 @@ mod naive {
             && field(&m.service_accounts, &m.not_service_accounts, same)
             && field(&m.source_ips, &m.not_source_ips, |n| within(n, c.source.ip()))
             && field(&m.destination_ips, &m.not_destination_ips, |n| within(n, c.destination.ip()))
-            && field(&m.destination_ports, &m.not_destination_ports, |p| *p == c.destination.port().into())
+            && field(&m.destination_ports, &m.not_destination_ports, |p| *p == u32::from(c.destination.port()))
     }
 
     fn hit(policy: &Authorization, c: &Connection) -> bool {

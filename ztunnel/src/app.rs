@@ -1,0 +1,58 @@
+//! What all parts of a running ztunnel share.
+
+use std::sync::{
+    PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    atomic::{AtomicBool, Ordering::Relaxed},
+};
+
+use crate::{
+    access_log::AccessLog, connections::Registry, metrics::Metrics, pods::Pods, sockets::Sockets,
+    state::World, tls::Credentials,
+};
+
+pub struct App {
+    world: RwLock<World>,
+    pub credentials: Credentials,
+    pub pods: Pods,
+    pub connections: Registry,
+    pub metrics: Metrics,
+    pub log: AccessLog,
+    pub sockets: Box<dyn Sockets>,
+    /// Random per process.
+    pub instance: String,
+    ready: AtomicBool,
+}
+
+impl App {
+    pub fn new(sockets: Box<dyn Sockets>, log: AccessLog) -> Self {
+        Self {
+            world: RwLock::default(),
+            credentials: Credentials::default(),
+            pods: Pods::default(),
+            connections: Registry::default(),
+            metrics: Metrics::default(),
+            log,
+            sockets,
+            instance: format!("{:016x}", fastrand::u64(..)),
+            ready: AtomicBool::new(false),
+        }
+    }
+
+    /// For decisions; never held across an await (the guard is not `Send`).
+    pub fn world(&self) -> RwLockReadGuard<'_, World> {
+        self.world.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn world_mut(&self) -> RwLockWriteGuard<'_, World> {
+        self.world.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a whole snapshot has come. Stays true when the agent goes away: what is held serves on.
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Relaxed)
+    }
+
+    pub fn set_ready(&self) {
+        self.ready.store(true, Relaxed);
+    }
+}

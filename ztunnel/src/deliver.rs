@@ -1,0 +1,90 @@
+//! Connections to a pod's own app, made so that the app sees the client's address.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use tokio::{net::TcpStream, time::timeout};
+
+use crate::{
+    app::App,
+    failure::{Failure, Flag},
+    pods::{Pod, PortRange},
+    sockets::{reset_on_close, set_common_options},
+};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Source ports that are tried before a delivery fails: far more than collide by chance.
+const ATTEMPTS: usize = 512;
+
+/// Connects to `destination` in the pod from the address of `client`.
+pub async fn deliver(
+    app: &App,
+    pod: &Pod,
+    client: IpAddr,
+    destination: SocketAddr,
+) -> Result<TcpStream, Failure> {
+    let failed = |error: &io::Error| Failure::connect(&destination.to_string(), error);
+    for port in ports(&pod.delivery_ports, fastrand::u32(..)).take(ATTEMPTS) {
+        let source = SocketAddr::new(client, port);
+        if pod.accepted().contains(&(source, destination)) {
+            continue;
+        }
+        match connect(app, pod, source, destination).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) if is_taken(&error) => {}
+            Err(error) => return Err(failed(&error)),
+        }
+    }
+    let reason = format!("{destination}: no source port is free for {client}");
+    Err(Failure::new(Flag::Connect, reason))
+}
+
+async fn connect(app: &App, pod: &Pod, source: SocketAddr, destination: SocketAddr) -> io::Result<TcpStream> {
+    let socket = app.sockets.delivery(&pod.netns, destination.ip())?;
+    socket.bind(source)?;
+    let stream = timeout(CONNECT_TIMEOUT, socket.connect(destination))
+        .await
+        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    reset_on_close(&stream)?;
+    set_common_options(&stream)?;
+    Ok(stream)
+}
+
+fn is_taken(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
+}
+
+/// Every port of the ranges once, from a random start.
+fn ports(ranges: &[PortRange], random: u32) -> impl Iterator<Item = u16> + '_ {
+    let total: u32 = ranges.iter().map(|range| range.size()).sum();
+    (0..total).filter_map(move |offset| nth(ranges, (random % total + offset) % total))
+}
+
+fn nth(ranges: &[PortRange], mut index: u32) -> Option<u16> {
+    for range in ranges {
+        if index < range.size() {
+            return u16::try_from(u32::from(range.low) + index).ok();
+        }
+        index -= range.size();
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_port_of_the_ranges_comes_once_from_any_start() {
+        let ranges = [PortRange { low: 10, high: 12 }, PortRange { low: 65_535, high: 65_535 }];
+        for start in 0..9 {
+            let mut all: Vec<u16> = ports(&ranges, start).collect();
+            all.sort_unstable();
+            assert_eq!(all, [10, 11, 12, 65_535]);
+        }
+        assert_eq!(ports(&[], 3).count(), 0);
+    }
+}

@@ -1,0 +1,174 @@
+//! The tunnels of one pod, shared by its connections.
+//!
+//! A key names who talks to whom: an address that another workload got never meets an old tunnel. The least loaded
+//! tunnel of a key gets the next stream. While many streams share one tunnel, more are made in the background, so
+//! that a busy peer is not bound to one core.
+
+use std::{
+    collections::HashMap,
+    future::Future,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+};
+
+use rustls::pki_types::CertificateDer;
+use tokio::sync::watch;
+
+use super::tunnel::{Lease, Tunnel};
+use crate::{
+    failure::{Failure, Flag},
+    identity::Identity,
+};
+
+/// Streams on every tunnel of a key before another one is made ahead of need.
+const SPREAD_AT: usize = 8;
+/// Tunnels of a key that are made ahead of need.
+const SPREAD: usize = 4;
+/// Connections that wait for one tunnel to be made; more make a second one.
+const WAITERS: usize = 64;
+/// Times that a connection waits for a tunnel which others fill up before it.
+const ATTEMPTS: usize = 8;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    pub source: Identity,
+    pub workload_uid: String,
+    pub peer: SocketAddr,
+    pub identity: Identity,
+}
+
+type Outcome = Option<Result<(), Failure>>;
+
+#[derive(Debug, Default)]
+struct Group {
+    tunnels: Vec<Arc<Tunnel>>,
+    /// Tunnels in the making: whoever wants one subscribes. Each is held by the task that makes it.
+    making: Vec<Weak<watch::Sender<Outcome>>>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Pool {
+    groups: Arc<Mutex<HashMap<Key, Group>>>,
+}
+
+enum Next {
+    Lease(Lease),
+    Wait(watch::Receiver<Outcome>),
+}
+
+// === impl Pool ===
+
+impl Pool {
+    /// A stream for `key` on a tunnel made with our certificate `generation`. `make` makes a tunnel.
+    pub async fn lease<F>(&self, key: &Key, generation: u64, make: impl Fn() -> F) -> Result<Lease, Failure>
+    where
+        F: Future<Output = Result<Arc<Tunnel>, Failure>> + Send + 'static,
+    {
+        for _ in 0..ATTEMPTS {
+            match self.next(key, generation, &make) {
+                Next::Lease(lease) => return Ok(lease),
+                Next::Wait(mut outcome) => match outcome.wait_for(Option::is_some).await.as_deref() {
+                    Ok(Some(Err(failure))) => return Err(failure.clone()),
+                    Ok(_) => {}
+                    Err(_) => {
+                        return Err(Failure::new(Flag::Connect, "the making of the tunnel was given up"));
+                    }
+                },
+            }
+        }
+        Err(Failure::new(Flag::Connect, "no stream was free on any tunnel to the peer"))
+    }
+
+    /// Number of open tunnels.
+    pub fn open(&self) -> usize {
+        self.groups().values().map(|group| group.tunnels.len()).sum()
+    }
+
+    /// Breaks off tunnels whose peer is no longer trusted.
+    pub fn recheck(&self, trusted: impl Fn(&[CertificateDer<'static>]) -> bool) {
+        for group in self.groups().values() {
+            group
+                .tunnels
+                .iter()
+                .filter(|tunnel| !trusted(&tunnel.peer_chain))
+                .for_each(|tunnel| tunnel.kill());
+        }
+    }
+
+    /// Lets go of all tunnels; they close when their streams end.
+    pub fn clear(&self) {
+        for (_, group) in self.groups().drain() {
+            group.tunnels.iter().for_each(|tunnel| tunnel.retire());
+        }
+    }
+
+    /// To be called when a tunnel has closed.
+    pub fn forget(&self, key: &Key, tunnel: &Arc<Tunnel>) {
+        let mut groups = self.groups();
+        if let Some(group) = groups.get_mut(key) {
+            group.tunnels.retain(|other| !Arc::ptr_eq(other, tunnel));
+            if group.tunnels.is_empty() && group.making.is_empty() {
+                groups.remove(key);
+            }
+        }
+    }
+
+    fn next<F>(&self, key: &Key, generation: u64, make: &impl Fn() -> F) -> Next
+    where
+        F: Future<Output = Result<Arc<Tunnel>, Failure>> + Send + 'static,
+    {
+        let mut groups = self.groups();
+        let group = groups.entry(key.clone()).or_default();
+        group
+            .tunnels
+            .iter()
+            .filter(|tunnel| tunnel.generation < generation)
+            .for_each(|tunnel| tunnel.retire());
+        let free = group.tunnels.iter().filter_map(|tunnel| Some((tunnel.load()?, tunnel)));
+        let least = free.min_by_key(|(load, _)| *load).map(|(load, tunnel)| (load, Arc::clone(tunnel)));
+        let lease = least.as_ref().and_then(|(_, tunnel)| tunnel.lease());
+        if let (Some((load, _)), Some(lease)) = (least, lease) {
+            if load >= SPREAD_AT && group.tunnels.len() + group.making.len() < SPREAD {
+                self.make(key, group, make());
+            }
+            return Next::Lease(lease);
+        }
+        let making: Vec<_> = group.making.iter().filter_map(Weak::upgrade).collect();
+        let waiting: usize = making.iter().map(|tunnel| tunnel.receiver_count()).sum();
+        match making.last() {
+            Some(tunnel) if waiting < making.len() * WAITERS => Next::Wait(tunnel.subscribe()),
+            _ => Next::Wait(self.make(key, group, make())),
+        }
+    }
+
+    /// Starts making a tunnel, on a task of its own: whoever asked may go away.
+    fn make(
+        &self,
+        key: &Key,
+        group: &mut Group,
+        making: impl Future<Output = Result<Arc<Tunnel>, Failure>> + Send + 'static,
+    ) -> watch::Receiver<Outcome> {
+        let (report, outcome) = watch::channel(None);
+        let report = Arc::new(report);
+        group.making.retain(|other| other.strong_count() > 0);
+        group.making.push(Arc::downgrade(&report));
+        let (pool, key) = (self.clone(), key.clone());
+        tokio::spawn(async move {
+            let made = making.await;
+            let mut groups = pool.groups();
+            let group = groups.entry(key).or_default();
+            group.making.retain(|other| other.as_ptr() != Arc::as_ptr(&report));
+            let outcome = made.map(|tunnel| {
+                if !tunnel.is_closed() {
+                    group.tunnels.push(tunnel);
+                }
+            });
+            report.send_replace(Some(outcome));
+        });
+        outcome
+    }
+
+    fn groups(&self) -> MutexGuard<'_, HashMap<Key, Group>> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

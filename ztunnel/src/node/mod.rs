@@ -1,0 +1,107 @@
+//! The link to the node's agent, which tells ztunnel what to serve. When the agent goes away, everything that is
+//! held serves on; a new agent gets told what that is.
+
+mod apply;
+mod dump;
+mod frame;
+
+pub use frame::{FrameError, FrameStream};
+
+use std::{os::fd::AsFd, path::Path, sync::Arc, time::Duration};
+
+use tokio::net::UnixStream;
+
+use crate::{
+    app::App,
+    proto::node::{
+        Ack, AgentFrame, HeldPod, HelloEnd, ZtunnelFrame, ZtunnelHello, agent_frame::Body as AgentBody,
+        ztunnel_frame::Body,
+    },
+};
+
+/// Of node.proto.
+const VERSION: u32 = 1;
+const FIRST_RETRY: Duration = Duration::from_millis(50);
+const LAST_RETRY: Duration = Duration::from_secs(5);
+
+/// Keeps a connection to the agent, for ever.
+pub async fn run(app: Arc<App>, socket: &Path) {
+    let mut pause = FIRST_RETRY;
+    loop {
+        match UnixStream::connect(socket).await {
+            Ok(stream) => {
+                tracing::info!(socket = %socket.display(), "connected to the agent");
+                pause = FIRST_RETRY;
+                match talk(&app, &mut FrameStream::new(stream)).await {
+                    Ok(()) => tracing::warn!("the agent has closed the connection; serving on"),
+                    Err(error) => tracing::warn!(%error, "lost the agent; serving on"),
+                }
+            }
+            Err(error) => {
+                tracing::info!(socket = %socket.display(), %error, "no agent yet, trying again");
+                pause = (pause * 2).min(LAST_RETRY);
+            }
+        }
+        tokio::time::sleep(pause.mul_f64(fastrand::f64().mul_add(0.5, 0.75))).await;
+    }
+}
+
+/// One connection: hello, then the agent's frames until it closes.
+async fn talk(app: &Arc<App>, stream: &mut FrameStream) -> Result<(), FrameError> {
+    greet(app, stream).await?;
+    while let Some((frame, fds)) = stream.receive(|frame: &AgentFrame| frame.fds).await? {
+        let Some(body) = frame.body else {
+            acknowledge(
+                stream,
+                frame.seq,
+                Err("the frame is of a kind that this ztunnel does not know".to_owned()),
+            )
+            .await?;
+            continue;
+        };
+        if let AgentBody::Dump(request) = body {
+            send(stream, Body::DumpReply(dump::reply(app, &request))).await?;
+            continue;
+        }
+        let outcome = apply::apply(app, body, fds);
+        if let Err(error) = &outcome {
+            tracing::error!(seq = frame.seq, error, "a frame of the agent could not be applied");
+        }
+        acknowledge(stream, frame.seq, outcome).await?;
+    }
+    Ok(())
+}
+
+async fn greet(app: &App, stream: &mut FrameStream) -> Result<(), FrameError> {
+    let hello = ZtunnelHello {
+        version: VERSION,
+        instance: app.instance.clone(),
+        build: env!("CARGO_PKG_VERSION").to_owned(),
+        resources: app.world().versions(),
+    };
+    send(stream, Body::Hello(hello)).await?;
+    for pod in app.pods.list() {
+        let held = HeldPod {
+            uid: pod.uid.clone(),
+            netns_inode: pod.netns.inode(),
+            listeners: pod.listeners.iter().map(|(listener, _)| i32::from(*listener)).collect(),
+        };
+        let sockets = pod.listeners.iter().map(|(_, fd)| fd.as_fd());
+        let fds: Vec<_> = std::iter::once(pod.netns.as_fd()).chain(sockets).collect();
+        let count = u32::try_from(fds.len()).unwrap_or(u32::MAX);
+        stream.send(&ZtunnelFrame { fds: count, body: Some(Body::HeldPod(held)) }, &fds).await?;
+    }
+    send(stream, Body::HelloEnd(HelloEnd {})).await
+}
+
+async fn acknowledge(
+    stream: &mut FrameStream,
+    seq: u64,
+    outcome: Result<(), String>,
+) -> Result<(), FrameError> {
+    send(stream, Body::Ack(Ack { seq, error: outcome.err().unwrap_or_default() })).await
+}
+
+async fn send(stream: &mut FrameStream, body: Body) -> Result<(), FrameError> {
+    stream.send(&ZtunnelFrame { fds: 0, body: Some(body) }, &[]).await
+}

@@ -1,0 +1,107 @@
+//! Connections that a pod opens.
+
+use std::{net::SocketAddr, sync::Arc, time::Instant};
+
+use tokio::net::TcpStream;
+
+use crate::{
+    app::App,
+    connections::{self, Details, Direction, Lane, Peer},
+    copy::Side,
+    decide::{self, Action},
+    failure::{Failure, Flag},
+    hbone::{self, Key, Trace},
+    pods::Pod,
+    sockets,
+};
+
+/// Serves a connection that the pod's app made to `destination`.
+pub async fn serve(
+    app: Arc<App>,
+    pod: Arc<Pod>,
+    stream: TcpStream,
+    source: SocketAddr,
+    destination: SocketAddr,
+) {
+    let trace = Trace::random();
+    let (action, mut details) = decide(&app, &pod, &trace, source, destination);
+    let opened = match action {
+        Action::Refuse(failure) => Err(failure),
+        Action::Plain(address) => plain(&app, &pod, address, &mut details).await.map(|side| (side, None)),
+        Action::Hbone { peer, authority, workload_uid, identity } => {
+            let key = Key { source: pod.identity.clone(), workload_uid, peer, identity };
+            tunnelled(&app, &pod, key, authority, &trace, &mut details)
+                .await
+                .map(|(side, lease)| (side, Some(lease)))
+        }
+    };
+    match opened {
+        // The lease gives the stream's place on its tunnel back when the connection has ended.
+        Ok((upstream, _lease)) => connections::run(&app, details, Side::Tcp(stream), upstream).await,
+        Err(failure) => {
+            connections::refused(&app, &details, &failure);
+            Side::Tcp(stream).reset();
+        }
+    }
+}
+
+fn decide(
+    app: &App,
+    pod: &Arc<Pod>,
+    trace: &Trace,
+    source: SocketAddr,
+    destination: SocketAddr,
+) -> (Action, Details) {
+    let world = app.world();
+    let route = decide::outbound(&world, pod.source(), destination, &mut fastrand::Rng::new());
+    let lane = if matches!(route.action, Action::Hbone { .. }) { Lane::Hbone } else { Lane::Plain };
+    let details = Details {
+        id: trace.id.clone(),
+        direction: Direction::Outbound,
+        lane,
+        pod: Arc::clone(pod),
+        source: Peer {
+            address: source,
+            // The pod is known by its listener; the certificate that we show is the proof to others.
+            identity: (lane == Lane::Hbone).then(|| pod.identity.clone()),
+            workload: world.workload(&pod.workload_uid).cloned(),
+        },
+        destination: Peer { address: destination, identity: None, workload: route.workload },
+        service: route.service,
+        upstream: None,
+        tunnel: None,
+        started: Instant::now(),
+    };
+    (route.action, details)
+}
+
+async fn plain(app: &App, pod: &Pod, address: SocketAddr, details: &mut Details) -> Result<Side, Failure> {
+    let failed = |error| Failure::connect(&address.to_string(), &error);
+    details.upstream = Some(address);
+    let stream = hbone::dial(app, pod, address).await.map_err(failed)?;
+    sockets::reset_on_close(&stream).map_err(failed)?;
+    Ok(Side::Tcp(stream))
+}
+
+async fn tunnelled(
+    app: &Arc<App>,
+    pod: &Arc<Pod>,
+    key: Key,
+    authority: SocketAddr,
+    trace: &Trace,
+    details: &mut Details,
+) -> Result<(Side, hbone::Lease), Failure> {
+    details.tunnel = Some(key.peer);
+    details.upstream = Some(authority);
+    let baggage = details
+        .source
+        .workload
+        .as_ref()
+        .map(|workload| hbone::baggage(workload, &app.world().settings.cluster_id));
+    let service = details.service.as_deref();
+    let request = hbone::connect_request(authority, details.source.address, service, baggage, trace)
+        .map_err(|error| Failure::new(Flag::Connect, format!("CONNECT {authority}: {error}")))?;
+    let stream = hbone::open_stream(app, pod, key, &request).await?;
+    details.destination.identity = Some(stream.lease.tunnel.peer_identity.clone());
+    Ok((Side::H2(stream.send, stream.receive), stream.lease))
+}

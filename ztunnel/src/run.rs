@@ -1,0 +1,66 @@
+//! `ztunnel run`.
+
+use std::{io, process::ExitCode, sync::Arc, thread::available_parallelism};
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    access_log::AccessLog,
+    app::App,
+    cli::RunOptions,
+    http, node,
+    sockets::{PodSockets, raise_file_limit},
+};
+
+/// Runs until SIGTERM or SIGINT. The agent keeps the listeners: connections that come meanwhile wait in their
+/// backlogs for the next ztunnel.
+pub fn run(options: &RunOptions) -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_max_level(options.log_level)
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .init();
+    raise_file_limit();
+    match start(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(options: &RunOptions) -> Result<(), String> {
+    let sockets =
+        PodSockets::new().map_err(|error| format!("cannot open /proc/thread-self/ns/net: {error}"))?;
+    let log = match &options.access_log {
+        Some(target) => AccessLog::open(target).map_err(|error| format!("--access-log {target}: {error}"))?,
+        None => AccessLog::disabled(),
+    };
+    let app = Arc::new(App::new(Box::new(sockets), log));
+    let workers = options.workers.unwrap_or_else(|| available_parallelism().map_or(2, usize::from));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers)
+        .enable_all()
+        .build()
+        .map_err(|error| format!("cannot start {workers} workers: {error}"))?;
+    runtime.block_on(serve(options, app))
+}
+
+async fn serve(options: &RunOptions, app: Arc<App>) -> Result<(), String> {
+    for (name, address) in [("--metrics", options.metrics), ("--health", options.health)] {
+        if let Some(address) = address {
+            let listener = http::bind(address).map_err(|error| format!("{name} {address}: {error}"))?;
+            tokio::spawn(http::serve(Arc::clone(&app), listener));
+        }
+    }
+    let stop = |kind| signal(kind).map_err(|error| format!("cannot handle signals: {error}"));
+    let (mut terminate, mut interrupt) = (stop(SignalKind::terminate())?, stop(SignalKind::interrupt())?);
+    tracing::info!(instance = app.instance, build = env!("CARGO_PKG_VERSION"), "started");
+    tokio::select! {
+        () = node::run(app, &options.agent_socket) => {}
+        _ = terminate.recv() => tracing::info!("SIGTERM, stopping"),
+        _ = interrupt.recv() => tracing::info!("SIGINT, stopping"),
+    }
+    Ok(())
+}

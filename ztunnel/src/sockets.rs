@@ -1,0 +1,176 @@
+//! Sockets inside the pods' network namespaces.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpSocket, TcpStream};
+
+use crate::marks;
+
+/// Dead peers are noticed after 180 s + 9 * 75 s without an answer.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(180);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(75);
+const KEEPALIVE_PROBES: u32 = 9;
+
+/// A network namespace that an FD keeps alive.
+#[derive(Debug)]
+pub struct Netns {
+    fd: OwnedFd,
+    inode: u64,
+}
+
+/// Makes the sockets that ztunnel dials with. The one implementation for nodes is [`PodSockets`].
+pub trait Sockets: Send + Sync + 'static {
+    /// For tunnels and plain connections of a pod: its own traffic, never captured again.
+    fn outbound(&self, netns: &Netns, destination: IpAddr) -> io::Result<TcpSocket>;
+
+    /// For a connection to a pod's own app that may be bound to the address of a remote client.
+    fn delivery(&self, netns: &Netns, destination: IpAddr) -> io::Result<TcpSocket>;
+}
+
+/// Sockets made by entering the pod's namespace for the moment of their creation.
+#[derive(Debug)]
+pub struct PodSockets {
+    home: Arc<Netns>,
+}
+
+/// Puts the thread back into its own namespace, also when the work in the other one panics.
+struct Return<'a>(&'a Netns);
+
+// === impl Netns ===
+
+impl Netns {
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        let inode = rustix::fs::fstat(&fd)?.st_ino;
+        Ok(Self { fd, inode })
+    }
+
+    /// The namespace of the calling thread.
+    pub fn current() -> io::Result<Self> {
+        Self::new(std::fs::File::open("/proc/thread-self/ns/net")?.into())
+    }
+
+    /// Number by which `ls -l /proc/PID/ns/net` shows it.
+    pub fn inode(&self) -> u64 {
+        self.inode
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+// === impl Return ===
+
+impl Drop for Return<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = enter(self.0) {
+            // A thread in a foreign namespace would lend that pod's identity to others.
+            tracing::error!(%error, "cannot return to ztunnel's own network namespace, aborting");
+            std::process::abort();
+        }
+    }
+}
+
+fn enter(netns: &Netns) -> io::Result<()> {
+    Ok(move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))?)
+}
+
+// === impl PodSockets ===
+
+impl PodSockets {
+    /// To be called on a thread that never left ztunnel's own namespace.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { home: Arc::new(Netns::current()?) })
+    }
+
+    /// Runs `work` inside `netns`. It is a plain closure: nothing in it can await and leak the namespace.
+    pub fn inside<T>(&self, netns: &Netns, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        if netns.inode() == self.home.inode() {
+            return work();
+        }
+        enter(netns)?;
+        let _return = Return(&self.home);
+        work()
+    }
+
+    fn socket(&self, netns: &Netns, destination: IpAddr, mark: u32) -> io::Result<Socket> {
+        let domain = if destination.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+        let socket = self.inside(netns, || {
+            Socket::new(domain, Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))
+        })?;
+        socket.set_mark(mark)?;
+        Ok(socket)
+    }
+}
+
+impl Sockets for PodSockets {
+    fn outbound(&self, netns: &Netns, destination: IpAddr) -> io::Result<TcpSocket> {
+        Ok(into_tokio(self.socket(netns, destination, marks::BYPASS)?))
+    }
+
+    fn delivery(&self, netns: &Netns, destination: IpAddr) -> io::Result<TcpSocket> {
+        let socket = self.socket(netns, destination, marks::DELIVERY)?;
+        if destination.is_ipv4() {
+            socket.set_ip_transparent_v4(true)?;
+        } else {
+            socket.set_ip_transparent_v6(true)?;
+        }
+        socket.set_reuse_address(true)?;
+        Ok(into_tokio(socket))
+    }
+}
+
+fn into_tokio(socket: Socket) -> TcpSocket {
+    TcpSocket::from_std_stream(socket.into())
+}
+
+/// What every TCP socket gets: no delay, keep-alive.
+pub fn set_common_options(stream: &TcpStream) -> io::Result<()> {
+    let socket = SockRef::from(stream);
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(
+        &TcpKeepalive::new()
+            .with_time(KEEPALIVE_IDLE)
+            .with_interval(KEEPALIVE_INTERVAL)
+            .with_retries(KEEPALIVE_PROBES),
+    )
+}
+
+/// For sockets towards apps: until [`close_gracefully`] says otherwise, any way of losing the socket, a crash
+/// included, is a reset. An app must never take a broken transfer for a complete one.
+pub fn reset_on_close(stream: &TcpStream) -> io::Result<()> {
+    SockRef::from(stream).set_linger(Some(Duration::ZERO))
+}
+
+/// Both directions have ended cleanly: what is still queued is sent, then closed.
+pub fn close_gracefully(stream: TcpStream) {
+    if let Err(error) = SockRef::from(&stream).set_linger(None) {
+        tracing::debug!(%error, "cannot close gracefully, resetting");
+    }
+}
+
+/// The address with an IPv4-mapped IPv6 address turned into IPv4.
+pub fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// Raises the limit on open files to what the system allows.
+pub fn raise_file_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "cannot raise the limit on open files: run with a higher hard limit (ulimit -Hn)");
+    }
+}
