@@ -76,6 +76,7 @@ class NodeAgent:
             ),
             self._kernel.trust_ztunnel,
             lambda held: self._reconciler.on_held(held),
+            lambda: self._reconciler.wake_pods(),
         )
         self._reconciler = Reconciler(
             settings,

@@ -105,6 +105,11 @@ class Reconciler:
     def wake(self) -> None:
         self._wake.set()
 
+    def wake_pods(self) -> None:
+        """Has every pod looked at now."""
+        for worker in self._workers.values():
+            worker.wake()
+
     def wake_identity(self, identity: str) -> None:
         """The identity has a certificate now: its pods can go on."""
         for worker in self._workers.values():

@@ -83,6 +83,7 @@ class ZtunnelLink:
         hello: the settings that ztunnel gets first.
         on_connect: called with ztunnel's pid before it gets any FD, to let it use our marks.
         on_held: called for each pod that a connecting ztunnel already serves.
+        on_ready: called when a ztunnel has everything: whoever waited for one can go on.
     """
 
     def __init__(
@@ -91,11 +92,13 @@ class ZtunnelLink:
         hello: wire.AgentHello,
         on_connect: Callable[[int], None],
         on_held: Callable[[HeldPod], Awaitable[None]],
+        on_ready: Callable[[], None],
     ) -> None:
         self._path = path
         self._hello = hello
         self._on_connect = on_connect
         self._on_held = on_held
+        self._on_ready = on_ready
         self._session: _Session | None = None
         self._ready = asyncio.Event()
         self._server: asyncio.Task[None] | None = None
@@ -336,6 +339,7 @@ class ZtunnelLink:
         if self._session is session:
             log.info("ztunnel %s (pid %d) is connected and up to date", session.instance, session.pid)
             self._ready.set()
+            self._on_ready()
 
     async def _send_resources(self, session: _Session, held: dict[ResourceKey, str]) -> None:
         changed = [key for key, r in self._resources.items() if held.get(key) != r.version]
