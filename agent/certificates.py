@@ -37,6 +37,7 @@ from undermesh.proto import ca_pb2, ca_pb2_grpc
 log = logging.getLogger(__name__)
 
 TIME_HEADER = "undermesh-time"
+_SHORTEST_RENEWAL = dt.timedelta(seconds=5)  # when the CA itself is about to expire
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class CertificateSettings:
     jitter: float = 0.1  # renewal begins within this share of the life around its half
     roots_poll: float = 1.0
     skew_warning: float = 30.0
+    # Longest sleep: a clock that was set is noticed within it.
+    clock_check: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,7 @@ class CertificateManager:
                 self._store.load, slot.identity, self._control.roots.certificates, self._clock()
             )
             if kept is not None:
-                self._publish(slot, kept)
+                self._publish(slot, kept, kept.not_before)
         while True:
             await self._until_due(slot)
             await self._attempt(slot)
@@ -258,8 +261,7 @@ class CertificateManager:
             if slot.due is None or slot.due <= now:
                 return
             next_step = slot.due if held is None else min(slot.due, held.not_after)
-            # At most a minute: the clock may be set.
-            delay = min(max((next_step - now).total_seconds(), 0.01), 60.0)
+            delay = min(max((next_step - now).total_seconds(), 0.01), self._settings.clock_check)
             try:
                 async with asyncio.timeout(delay):
                     await slot.poke.wait()
@@ -282,7 +284,7 @@ class CertificateManager:
         slot.backoff.reset()
         slot.last_error = None
         await asyncio.to_thread(self._store.keep, certificate)
-        self._publish(slot, certificate)
+        self._publish(slot, certificate, self._clock())
 
     def _failed(self, slot: _Slot, reason: str) -> None:
         delay = slot.backoff.next()
@@ -290,9 +292,9 @@ class CertificateManager:
         slot.due = self._clock() + dt.timedelta(seconds=delay)
         log.warning("no new certificate for %s, next attempt in %.1f s: %s", slot.identity, delay, reason)
 
-    def _publish(self, slot: _Slot, certificate: leaf.Certificate) -> None:
+    def _publish(self, slot: _Slot, certificate: leaf.Certificate, start: dt.datetime) -> None:
         slot.certificate = certificate
-        slot.due = self._renewal_time(certificate)
+        slot.due = self._renewal_time(certificate, start)
         log.info(
             "certificate of %s: serial %s, until %s, renewed from %s",
             slot.identity,
@@ -303,10 +305,11 @@ class CertificateManager:
         self.events.put_nowait(Issued(certificate))
         slot.notify()
 
-    def _renewal_time(self, certificate: leaf.Certificate) -> dt.datetime:
-        life = certificate.not_after - certificate.not_before
+    def _renewal_time(self, certificate: leaf.Certificate, start: dt.datetime) -> dt.datetime:
+        """Half of what is left at `start`, which for a fresh certificate is now: its notBefore is backdated."""
+        left = certificate.not_after - start
         spread = random.uniform(-self._settings.jitter, self._settings.jitter) / 2
-        return certificate.not_before + life * (0.5 + spread)
+        return start + max(left * (0.5 + spread), _SHORTEST_RENEWAL)
 
     async def _fetch(self, identity: str) -> leaf.Certificate:
         key, csr = leaf.request(identity)
