@@ -1,6 +1,7 @@
 """`python -m undermesh.controlplane`: see `options` for the command line.
 
-Exit codes (sysexits.h): 0 after SIGTERM or SIGINT, 64 wrong usage, 69 address not available, 78 wrong files.
+Exit codes (sysexits.h): 0 after SIGTERM or SIGINT, 64 wrong usage, 78 a file, directory or address cannot
+be used.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from undermesh.controlplane.authorisation import Agent, Authoriser, refuse
 from undermesh.controlplane.board import Board, Generation
 from undermesh.controlplane.metrics import Metrics
 from undermesh.controlplane.signal import Signal
+from undermesh.controlplane.streams import run_both
 from undermesh.controlplane.subscription import Refusal, Subscription
 from undermesh.controlplane.translate import ResourceKey
 from undermesh.proto import discovery_pb2
@@ -118,17 +119,7 @@ class Hub:
         """Runs one stream until the client leaves."""
         client = _Client(agent, context.peer(), self._board)
         with self._joined(client):
-            reader = asyncio.create_task(self._read(client, requests))
-            writer = asyncio.create_task(self._write(client, context))
-            try:
-                await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for task in (reader, writer):
-                    task.cancel()
-                results = await asyncio.gather(reader, writer, return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
+            await run_both(self._read(client, requests), self._write(client, context))
 
     async def _read(self, client: _Client, requests: AsyncIterator[discovery_pb2.DeltaDiscoveryRequest]) -> None:
         async for request in requests:

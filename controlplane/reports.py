@@ -22,6 +22,7 @@ from undermesh.controlplane.discovery import Hub
 from undermesh.controlplane.metrics import Metrics
 from undermesh.controlplane.publisher import Publisher, Ticket
 from undermesh.controlplane.report_book import ReportBook
+from undermesh.controlplane.streams import run_both
 from undermesh.proto import report_pb2, report_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -78,18 +79,18 @@ class ReportService(report_pb2_grpc.ReportsServicer):
         work = asyncio.Event()
         self._book.opened(agent.node)
         self._metrics.reporting_nodes.set(self._book.open_nodes())
-        answers = asyncio.create_task(self._answer(stream, work, context))
         try:
-            async for report in requests:
-                self._record(stream, report)
-                work.set()
+            await run_both(self._read(stream, work, requests), self._answer(stream, work, context))
         except errors.BadRequest as error:
             await refuse(context, f"report of node {agent.node}", error)
         finally:
-            answers.cancel()
-            await asyncio.gather(answers, return_exceptions=True)
             self._book.closed(agent.node)
             self._metrics.reporting_nodes.set(self._book.open_nodes())
+
+    async def _read(self, stream: _Stream, work: asyncio.Event, requests: AsyncIterator[report_pb2.NodeReport]) -> None:
+        async for report in requests:
+            self._record(stream, report)
+            work.set()
 
     def _record(self, stream: _Stream, report: report_pb2.NodeReport) -> None:
         node = stream.agent.node

@@ -30,6 +30,7 @@ AGENT_SUBJECT = f"system:serviceaccount:{AGENT_NAMESPACE}:{AGENT_ACCOUNT}"
 LEEWAY = dt.timedelta(seconds=30)
 MAX_TOKEN_BYTES = 4096  # they take about 1200; gRPC drops headers from 8 KiB on
 _MIN_RSA_BITS = 2048
+_ALGORITHMS = {"EC": "ES256", "RSA": "RS256"}
 
 
 @dataclass(frozen=True)
@@ -135,23 +136,22 @@ def load_keys(path: Path) -> dict[str, _Key]:
 
 
 def _pinned(path: Path, entry: dict[str, Any]) -> _Key:
-    # The `alg` of the file must not widen what the key's own type says.
-    key = jwt.PyJWK({**entry, "alg": {"EC": "ES256", "RSA": "RS256"}.get(entry["kty"], "none")})
-    public = key.key
-    if isinstance(public, ec.EllipticCurvePublicKey) and isinstance(public.curve, ec.SECP256R1):
-        algorithm = "ES256"
-    elif isinstance(public, rsa.RSAPublicKey) and public.key_size >= _MIN_RSA_BITS:
-        algorithm = "RS256"
-    else:
-        raise errors.ConfigError(
-            f"JWKS file {path}, key {entry['kid']}: neither a public P-256 key nor a public RSA key of "
-            f"{_MIN_RSA_BITS} bits or more"
-        )
-    if entry.get("alg", algorithm) != algorithm:
-        raise errors.ConfigError(
-            f"JWKS file {path}, key {entry['kid']}: alg {entry['alg']} does not fit the key, {algorithm} does"
-        )
-    return _Key(key, algorithm)
+    """The key with the one algorithm that its type allows; the file's own `alg` must not widen it."""
+    algorithm = _ALGORITHMS.get(entry["kty"])
+    if algorithm is not None:
+        key = jwt.PyJWK({**entry, "alg": algorithm})
+        public = key.key
+        p256 = isinstance(public, ec.EllipticCurvePublicKey) and isinstance(public.curve, ec.SECP256R1)
+        if p256 or (isinstance(public, rsa.RSAPublicKey) and public.key_size >= _MIN_RSA_BITS):
+            if entry.get("alg", algorithm) == algorithm:
+                return _Key(key, algorithm)
+            raise errors.ConfigError(
+                f"JWKS file {path}, key {entry['kid']}: alg {entry['alg']} does not fit it, {algorithm} does"
+            )
+    raise errors.ConfigError(
+        f"JWKS file {path}, key {entry['kid']}: neither a public P-256 key nor a public RSA key of "
+        f"{_MIN_RSA_BITS} bits or more"
+    )
 
 
 def _agent_claims(claims: Mapping[str, Any]) -> Claims:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from undermesh.agent.control import ControlPlane as Control
 from undermesh.agent.control import ControlPlaneSettings
 from undermesh.api.files import FileSource
 from undermesh.controlplane.mesh import Translator
-from undermesh.controlplane.server import ControlPlane, Settings
+from undermesh.controlplane.server import ControlPlane, Settings, Translate
 from undermesh.controlplane.translate import Settings as MeshSettings
 from undermesh.proto import ca_pb2, ca_pb2_grpc
 
@@ -114,6 +115,11 @@ class Keys:
         )
 
 
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
 class World:
     """Directories of one test and the control plane that runs on them."""
 
@@ -124,7 +130,7 @@ class World:
         self.jwks = root / "jwks.json"
         self.bundle = root / "root-bundle.pem"
         self.keys = Keys()
-        self.port = 0
+        self.port = _free_port()
         self.server: ControlPlane | None = None
         self.source.mkdir()
         self.keys.write_jwks(self.jwks)
@@ -142,8 +148,8 @@ class World:
         return path
 
     @contextlib.asynccontextmanager
-    async def running(self, **changes: Any) -> AsyncIterator[ControlPlane]:
-        """The control plane; a second call on the same world restarts it on the same port."""
+    async def running(self, translate: Translate | None = None, **changes: Any) -> AsyncIterator[ControlPlane]:
+        """The control plane; a second call on the same world is its restart on the same port."""
         settings = Settings(
             state=self.state,
             listen=f"127.0.0.1:{self.port}",
@@ -156,10 +162,9 @@ class World:
         server = await ControlPlane.open(
             dataclasses.replace(settings, **changes),
             FileSource(self.source, poll_seconds=0.02),
-            Translator(MeshSettings()),
+            translate or Translator(MeshSettings()),
         )
         await server.start()
-        self.port = server.port
         self.server = server
         running = asyncio.create_task(server.run())
         try:
