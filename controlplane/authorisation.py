@@ -58,6 +58,11 @@ class Authoriser:
             raise errors.NotAuthorised(f"agent pod {name} runs on {node}, the token says {claims.node}")
         return Agent(node, claims.pod, claims.pod_uid)
 
+    def still(self, agent: Agent) -> None:
+        """Refuses an agent whose pod is gone since it was let in. Raises `errors.NotAuthorised`."""
+        if self._cluster().node_of(agent.pod_uid) != agent.node:
+            raise errors.NotAuthorised(f"agent pod {agent.pod} no longer runs on {agent.node}")
+
     def identity(self, agent: Agent, identity: str) -> None:
         """Refuses identities that no running pod on the agent's node has. Raises `errors.NotAuthorised`."""
         accounts = self._cluster().accounts.get(agent.node, frozenset())

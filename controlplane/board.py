@@ -30,10 +30,15 @@ class Entry:
 
 
 class Board:
-    """All published resources and the generation that they belong to."""
+    """All published resources and the generation that they belong to.
+
+    Until the first publication it is not `complete`: what is not on it may exist all the same, and nobody
+    may be told otherwise.
+    """
 
     def __init__(self) -> None:
         self.generation = Generation(0)
+        self.complete = False
         self._entries: dict[str, dict[str, Entry]] = {type_url: {} for type_url in TYPE_URLS}
 
     def names(self, type_url: str) -> Mapping[str, Entry]:
@@ -57,7 +62,8 @@ class Board:
         for type_url, entries in self._entries.items():
             changed.update(ResourceKey(type_url, name) for name in entries.keys() - fresh[type_url].keys())
         self._entries = fresh
-        if changed:
+        if changed or not self.complete:
+            self.complete = True
             self.generation = Generation(self.generation + 1)
         return frozenset(changed)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,13 +113,14 @@ class Hub:
     async def serve(
         self,
         agent: Agent,
+        still: Callable[[Agent], None],
         requests: AsyncIterator[discovery_pb2.DeltaDiscoveryRequest],
         context: grpc.aio.ServicerContext[Any, bytes],
     ) -> None:
-        """Runs one stream until the client leaves."""
+        """Runs one stream until the client leaves, or `still` raises because it may no longer be here."""
         client = _Client(agent, context.peer(), self._board)
         with self._joined(client):
-            await run_both(self._read(client, requests), self._write(client, context))
+            await run_both(self._read(client, requests), self._write(client, still, context))
 
     async def _read(self, client: _Client, requests: AsyncIterator[discovery_pb2.DeltaDiscoveryRequest]) -> None:
         async for request in requests:
@@ -135,10 +136,16 @@ class Hub:
                 )
             client.wake()
 
-    async def _write(self, client: _Client, context: grpc.aio.ServicerContext[Any, bytes]) -> None:
+    async def _write(
+        self,
+        client: _Client,
+        still: Callable[[Agent], None],
+        context: grpc.aio.ServicerContext[Any, bytes],
+    ) -> None:
         while True:
             await client.work.wait()
             client.work.clear()
+            still(client.agent)
             responses = client.subscription.take()
             for response in responses:
                 await context.write(response.wire)
@@ -157,9 +164,9 @@ def handler(hub: Hub, authoriser: Authoriser) -> grpc.GenericRpcHandler[Any, Any
     ) -> None:
         try:
             agent = authoriser.agent(context.invocation_metadata())
+            await hub.serve(agent, authoriser.still, requests, context)
         except errors.NotAuthorised as error:
             await refuse(context, "xDS stream", error)
-        await hub.serve(agent, requests, context)
 
     method = grpc.stream_stream_rpc_method_handler(
         delta_aggregated_resources,

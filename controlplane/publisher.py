@@ -38,6 +38,7 @@ class Publisher:
         self._done = Ticket(0)
         self._work = asyncio.Event()
         self._published = Signal()
+        self._ready = asyncio.Event()
 
     def poke(self) -> Ticket:
         """Something changed. The ticket is for `contains`."""
@@ -51,8 +52,14 @@ class Publisher:
             await self._published.wait()
         return self._board.generation
 
+    def allow(self) -> None:
+        """Publication may begin: what there is to compute from is complete."""
+        self._ready.set()
+
     async def run(self) -> None:
-        """Recomputes on demand, for ever. A failed computation is logged and the last good state stands."""
+        """Recomputes on demand, for ever, once it is allowed. A failed computation is logged and the last
+        good state stands."""
+        await self._ready.wait()
         while True:
             await self._work.wait()
             self._work.clear()
@@ -70,6 +77,5 @@ class Publisher:
         self._done = ticket
         for type_url in TYPE_URLS:
             self._metrics.resources.labels(type_url).set(len(self._board.names(type_url)))
-        if changed:
-            self._hub.changed(changed)
+        self._hub.changed(changed)
         self._published.notify()

@@ -81,7 +81,7 @@ class ReportService(report_pb2_grpc.ReportsServicer):
         self._metrics.reporting_nodes.set(self._book.open_nodes())
         try:
             await run_both(self._read(stream, work, requests), self._answer(stream, work, context))
-        except errors.BadRequest as error:
+        except (errors.BadRequest, errors.NotAuthorised) as error:
             await refuse(context, f"report of node {agent.node}", error)
         finally:
             self._book.closed(agent.node)
@@ -94,6 +94,7 @@ class ReportService(report_pb2_grpc.ReportsServicer):
 
     def _record(self, stream: _Stream, report: report_pb2.NodeReport) -> None:
         node = stream.agent.node
+        self._authoriser.still(stream.agent)
         if report.node != node:
             raise errors.BadRequest(f"the report is about node {report.node!r}, the token is of {node}")
         if report.sequence <= stream.sequence:

@@ -68,6 +68,7 @@ class Settings:
     answer_seconds: float = ANSWER_SECONDS
     reload_seconds: float = 1.0  # how often the CA's store is read again
     stop_seconds: float = 2.0  # what open calls get at a stop
+    held_back_seconds: float = 2.0  # how often a source that was broken at the start is looked at again
 
 
 class ControlPlane:
@@ -109,7 +110,8 @@ class ControlPlane:
         self._write_bundle()
         self._states = self._source.watch()
         self._take(await anext(self._states))
-        self.publisher.step()
+        if not self._held_back():
+            self.publisher.step()
         try:
             self.port = self._server.add_secure_port(self.settings.listen, self._serving.credentials())
         except RuntimeError as error:
@@ -124,6 +126,7 @@ class ControlPlane:
         """Keeps everything up to date, until cancelled."""
         jobs: list[Callable[[], Awaitable[None]]] = [
             self._watch,
+            self._await_clean_source,
             self.publisher.run,
             self._reload,
             self._serving.run,
@@ -162,6 +165,23 @@ class ControlPlane:
         self._objects = objects
         self._cluster = Cluster.of(objects)
         self.publisher.poke()
+
+    def _held_back(self) -> bool:
+        """Whether what the source cannot read keeps everything from being published.
+
+        At a start there is no last good state of a broken file. To publish without it would take away its
+        policies from every node; the nodes keep what they have until the file is mended.
+        """
+        if problems := self._source.errors:
+            log.error("nothing is published until this is mended: %s", "; ".join(map(str, problems)))
+            return True
+        self.publisher.allow()
+        return False
+
+    async def _await_clean_source(self) -> None:
+        if self.board.complete or not self._held_back():
+            await asyncio.Event().wait()
+        await asyncio.sleep(self.settings.held_back_seconds)
 
     async def _watch(self) -> None:
         states, self._states = self._states or self._source.watch(), None

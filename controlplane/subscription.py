@@ -137,8 +137,7 @@ class Subscription:
         state.names |= added
         # A name that is subscribed to (again) is always answered, with its absence if need be.
         state.pending |= added
-        for name in added:
-            state.sent.setdefault(name, "")
+        state.sent.update(dict.fromkeys(added, ""))
         if WILDCARD in removed:
             state.wildcard = False
         state.names -= removed
@@ -152,6 +151,8 @@ class Subscription:
         return fresh | (state.sent.keys() - published.keys())
 
     def _sendable(self) -> Iterator[tuple[str, set[str]]]:
+        if not self._board.complete:
+            return
         policies, addresses = self._types[AUTHORIZATION_TYPE], self._types[ADDRESS_TYPE]
         upserts = {name for name in policies.pending if self._board.get(AUTHORIZATION_TYPE, name) is not None}
         if not policies.in_flight and (upserts or policies.unanswered):
@@ -176,6 +177,8 @@ class Subscription:
                 if name in state.sent:
                     removed.append(name)
                     del state.sent[name]
+                continue
+            if state.sent.get(name) == entry.version:
                 continue
             state.sent[name] = entry.version
             if entries and (size + len(entry.wire) > CHUNK_BYTES or len(entries) >= CHUNK_RESOURCES):

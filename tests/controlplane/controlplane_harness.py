@@ -23,6 +23,7 @@ from google.protobuf import struct_pb2
 from undermesh.agent import leaf
 from undermesh.agent.control import ControlPlane as Control
 from undermesh.agent.control import ControlPlaneSettings
+from undermesh.agent.reports import Reporter, ReportSettings
 from undermesh.api.files import FileSource
 from undermesh.controlplane.mesh import Translator
 from undermesh.controlplane.server import ControlPlane, Settings, Translate
@@ -184,6 +185,18 @@ class World:
             yield control
         finally:
             await control.close()
+
+
+@contextlib.asynccontextmanager
+async def reporting(world: World, node: str) -> AsyncIterator[Reporter]:
+    async with world.control(node) as control:
+        reporter = Reporter(control, node=node, settings=ReportSettings(0.02, 0.2))
+        task = asyncio.create_task(reporter.run())
+        try:
+            yield reporter
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
 
 async def sign(control: Control, identity: str, *, csr: str | None = None, seconds: int = 3600) -> list[str]:

@@ -11,15 +11,17 @@ from typing import Any
 
 import grpc
 import pytest
-from controlplane_harness import PODS, PodSpec, World, until
+import yaml
+from controlplane_harness import PODS, PodSpec, World, reporting, sign, until
 
 from undermesh.agent.control import ControlPlane
+from undermesh.agent.reports import PodReport
 from undermesh.agent.xds import Refused, XdsClient, XdsSettings
 from undermesh.agent.xds_state import ADDRESS, AUTHORIZATION, Batch, Resource, ResourceState
 from undermesh.controlplane.publisher import Resources
 from undermesh.controlplane.translate import Resource as Published
 from undermesh.controlplane.translate import ResourceKey
-from undermesh.proto import authorization_pb2, discovery_pb2, discovery_pb2_grpc, workload_pb2
+from undermesh.proto import authorization_pb2, discovery_pb2, discovery_pb2_grpc, report_pb2, workload_pb2
 
 WEB = "Kubernetes//Pod/shop/web"
 FAST = XdsSettings(backoff_first=0.01, backoff_limit=0.2, save_delay=0.01)
@@ -274,6 +276,48 @@ async def test_many_changes_arrive_in_few_messages_and_soon(world: World) -> Non
         await until(lambda: node.version("a") == expected)
         assert time.monotonic() - changed < 0.6  # 0.2 s promised, and a busy machine
         assert len(node.batches) <= 12
+
+
+async def test_a_source_that_is_broken_at_the_start_takes_nothing_away_from_anybody(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    policies = world.source / "policies.yaml"
+    metadata = {"namespace": "shop", "name": "deny-all"}
+    manifest = {"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": metadata}
+    good = yaml.safe_dump({**manifest, "spec": {}})
+    policies.write_text(good)
+    async with agent(world, "node-a") as node, reporting(world, "node-a") as reporter:
+        async with world.running():
+            await node.client.synced.wait()
+        assert (AUTHORIZATION, "shop/deny-all") in node.applied
+        node.batches.clear()
+        policies.write_text(good + "---\n{")
+        async with world.running(held_back_seconds=0.05) as server, world.control("node-a") as control:
+            await until(lambda: server.hub.status(), seconds=10)
+            number = reporter.update([PodReport("uid-shop-web", report_pb2.SENDS_TUNNELS)])
+            await asyncio.sleep(0.5)
+            assert node.batches == [] and reporter.status().published < number
+            assert "nothing is published until this is mended: policies.yaml" in caplog.text
+            assert await sign(control, "spiffe://cluster.local/ns/shop/sa/web"), "the CA works on"
+            policies.write_text(good)
+            async with asyncio.timeout(5):
+                await reporter.wait_published(number)
+            assert [item.name for batch in node.batches for item in batch.upserts] == [WEB]
+            assert (AUTHORIZATION, "shop/deny-all") in node.applied
+
+
+async def test_an_agent_whose_pod_is_gone_hears_and_says_nothing_more(world: World) -> None:
+    async with world.running() as server, agent(world, "node-a") as node, reporting(world, "node-a") as reporter:
+        await node.client.synced.wait()
+        async with asyncio.timeout(5):
+            await reporter.wait_published(reporter.update([PodReport("uid-shop-web", report_pb2.SENDS_TUNNELS)]))
+        node.batches.clear()
+        world.write_pods([pod for pod in PODS if pod.name != "agent-node-a" and pod.name != "db"])
+        await until(lambda: "refused this node" in (node.client.status().error or ""))
+        assert node.batches == []
+        reporter.update([])
+        await until(lambda: "refused this node" in (reporter.status().error or ""))
+        assert server.book.states(server._cluster) == {"uid-shop-web": report_pb2.SENDS_TUNNELS}
 
 
 async def test_a_source_that_cannot_be_translated_leaves_what_is_published(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
 import pytest
-from controlplane_harness import PODS, PodSpec, World, agent_pod, refusal, until
+from controlplane_harness import PODS, PodSpec, World, agent_pod, refusal, reporting, until
 from test_discovery import WEB, Agent, agent
 
-from undermesh.agent.reports import PodReport, Reporter, ReportSettings
+from undermesh.agent.reports import PodReport
 from undermesh.api.files import FileSource
 from undermesh.controlplane.authorisation import REFUSAL
 from undermesh.controlplane.cluster import Cluster
@@ -24,19 +22,6 @@ WEB_UID = "uid-shop-web"
 DB_UID = "uid-shop-db"
 ACCEPTS = report_pb2.ACCEPTS_TUNNELS
 SENDS = report_pb2.SENDS_TUNNELS
-FAST = ReportSettings(backoff_first=0.02, backoff_limit=0.2)
-
-
-@contextlib.asynccontextmanager
-async def reporting(world: World, node: str) -> AsyncIterator[Reporter]:
-    async with world.control(node) as control:
-        reporter = Reporter(control, node=node, settings=FAST)
-        task = asyncio.create_task(reporter.run())
-        try:
-            yield reporter
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
 
 def protocol(node: Agent, name: str = WEB) -> int | None:

