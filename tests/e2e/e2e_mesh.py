@@ -77,18 +77,24 @@ class MeshView:
         """The sum of a metric's samples with these labels."""
         return telemetry.total(self.metrics(node), name, labels)
 
+    total = staticmethod(telemetry.total)
+
     # === policies ===
 
     @contextlib.contextmanager
     def policy(
-        self, name: str, spec: Mapping[str, Any], *, namespace: str = "mesh", wait: bool = True
+        self,
+        name: str,
+        spec: Mapping[str, Any],
+        *,
+        namespace: str = "mesh",
+        annotations: Mapping[str, str] | None = None,
     ) -> Iterator[PolicyFile]:
-        """An AuthorizationPolicy that is there inside of the block, and known to every ztunnel if `wait`."""
-        policy = PolicyFile(self, name, namespace)
+        """An AuthorizationPolicy that is there, and known to every ztunnel, inside of the block."""
+        policy = PolicyFile(self, name, namespace, dict(annotations or {}))
         policy.write(spec)
         try:
-            if wait:
-                policy.wait_known()
+            policy.wait_known()
             yield policy
         finally:
             policy.remove()
@@ -141,13 +147,14 @@ class PolicyFile:
     mesh: MeshView
     name: str
     namespace: str
+    annotations: dict[str, str]
 
     def write(self, spec: Mapping[str, Any]) -> None:
         """Create the policy or edit it in place."""
         document = {
             "apiVersion": "security.istio.io/v1",
             "kind": "AuthorizationPolicy",
-            "metadata": {"name": self.name, "namespace": self.namespace},
+            "metadata": {"name": self.name, "namespace": self.namespace, "annotations": self.annotations},
             "spec": dict(spec),
         }
         self.mesh.cluster.write(self._file, yaml.safe_dump(document))

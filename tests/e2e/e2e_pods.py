@@ -95,6 +95,11 @@ class Pod:
         """Start a conversation from this pod."""
         return Client(self, self.order("connect", host=host, port=port, steps=steps, **options)["handle"])
 
+    def load(self, host: str, port: int, *, workers: int = 2, pause: float = 0.02, text: str = "") -> Load:
+        """Start short conversations with an echo."""
+        order = {"host": host, "port": port, "workers": workers, "pause": pause, "text": text}
+        return Load(self, self.order("load", **order)["handle"])
+
     @contextlib.contextmanager
     def listening(self, steps: Steps, port: int = 0, **options: Any) -> Iterator[Server]:
         """Listen; every connection goes through `steps`."""
@@ -104,6 +109,22 @@ class Pod:
             yield Server(self, answer["handle"], answer["port"])
         finally:
             self.order("unlisten", handle=answer["handle"])
+
+
+@dataclass(frozen=True)
+class Load:
+    """Short conversations that a pod goes on with until it is told to stop."""
+
+    pod: Pod
+    handle: int
+
+    def peek(self) -> Report:
+        """How it goes: `done`, `longest`, `errors`."""
+        return self.pod.order("load_peek", handle=self.handle)
+
+    def stop(self) -> Report:
+        """End it and count."""
+        return self.pod.order("load_stop", handle=self.handle)
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ REQUESTS = {
     "the address of another pod of the node": ("CONNECT", lambda far, second: authority_of(second, 8080), 400),
     "the address of no pod": ("CONNECT", lambda far, second: "192.0.2.1:8080", 400),
     "localhost": ("CONNECT", lambda far, second: "127.0.0.1:8080", 400),
-    "no port": ("CONNECT", lambda far, second: far, 400),
+    "no port": ("CONNECT", lambda far, second: authority_of(far, "").rstrip(":"), 400),
     "a port that is none": ("CONNECT", lambda far, second: f"{far}:99999", 400),
     "port zero": ("CONNECT", lambda far, second: authority_of(far, 0), 400),
     "nonsense": ("CONNECT", lambda far, second: "%%%", 400),
@@ -327,13 +327,13 @@ def test_a_peer_that_breaks_the_protocol_is_cut_off(pods, dialler, ca, still_ser
             pass
 
 
-@pytest.mark.parametrize("size", [100_000, 10_000_000], ids=["100 kB", "10 MB"])
+@pytest.mark.parametrize("size", [100_000, 1_000_000], ids=["100 kB", "1 MB"])
 def test_headers_that_are_too_long_are_refused(pods, dialler, ca, still_serving, size):
     far = pods["far"].address(4)
     with pods["far"].listening([["echo"]]) as server:
         with dialler.tunnel(far, ca.leaf(CLIENT)) as tunnel:
             try:
-                stream = tunnel.open(authority_of(far, server.port), extra=[("baggage", "x" * size)])
+                stream = tunnel.open(authority_of(far, server.port), extra=[("baggage", "x" * 1000)] * (size // 1000))
                 status = tunnel.status(stream)
             except Refused:
                 pass

@@ -86,6 +86,7 @@ def test_the_ports_of_other_meshes_proxies_lead_nowhere_and_not_in_circles(pods,
         began = time.monotonic()
         report = caller.connect(host, port, [["text", "junk\r\n\r\n"], ["end"], ["recv_all"]], timeout=5.0).result()
         assert time.monotonic() - began < 5.0
-        assert report["received"] == 0 or report["error"] in REFUSALS, report
+        # At most TLS's alert answers the junk.
+        assert report["received"] <= 7, report
     after = {node: len(mesh.descriptors("ztunnel", node)) for node in mesh.cluster.nodes}
     assert all(after[node] <= before[node] + 4 for node in before), (before, after)

@@ -102,10 +102,10 @@ class Conversation:
             connect()
             report["connected_at"] = time.monotonic()
             self._socket.settimeout(PATIENCE)
-            report["local"], report["peer"] = (
-                _plain(self._socket.getsockname()),
-                _plain(self._socket.getpeername()),
-            )
+            # A connection that was reset meanwhile has no addresses any more; its first step will say so.
+            with contextlib.suppress(OSError):
+                report["local"] = _plain(self._socket.getsockname())
+                report["peer"] = _plain(self._socket.getpeername())
             for name, *arguments in self._steps:
                 getattr(self, f"step_{name}")(*arguments)
                 report["trace"].append([name, time.monotonic()])
@@ -290,6 +290,60 @@ class Listener:
                 self._changed.notify_all()
 
 
+class Load:
+    """Short conversations with an echo, one after the other in each of some threads, until it is stopped."""
+
+    def __init__(self, host: str, port: int, workers: int, pause: float, text: str) -> None:
+        self._target = (host, port)
+        self._pause = pause
+        self._text = text.encode()
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._done = 0
+        self._longest = 0.0
+        self._errors: list[list[Any]] = []
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> dict[str, Any]:
+        """Let what is under way end, and count."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(PATIENCE)
+        return self.peek()
+
+    def peek(self) -> dict[str, Any]:
+        """How it goes: errors with the times when their conversations began and broke."""
+        with self._lock:
+            return {"done": self._done, "longest": self._longest, "errors": list(self._errors)}
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            began = time.monotonic()
+            error = self._talk()
+            now = time.monotonic()
+            with self._lock:
+                self._done += 1
+                self._longest = max(self._longest, now - began)
+                if error is not None:
+                    self._errors.append([error, began, now])
+            self._stop.wait(self._pause)
+
+    def _talk(self) -> str | None:
+        message = self._text + random.randbytes(16).hex().encode()
+        answer = b""
+        try:
+            with socket.create_connection(self._target, timeout=PATIENCE / 2) as member:
+                member.sendall(message)
+                member.shutdown(socket.SHUT_WR)
+                while data := member.recv(4096):
+                    answer += data
+        except OSError as error:
+            return _name_of(error)
+        return None if answer == message else "EBADMSG"
+
+
 class Tool:
     """The orders. Handles are numbers."""
 
@@ -298,6 +352,7 @@ class Tool:
         self._next = 0
         self._listeners: dict[int, Listener] = {}
         self._conversations: dict[int, Conversation] = {}
+        self._loads: dict[int, Load] = {}
 
     def do_listen(
         self, steps: Steps, port: int = 0, host: str = "::", reuse: bool = True, backlog: int = 512
@@ -394,6 +449,20 @@ class Tool:
             for _ in pool.map(one, range(count)):
                 pass
         return {"errors": dict(errors), "seconds": time.monotonic() - started}
+
+    def do_load(self, host: str, port: int, workers: int, pause: float, text: str) -> dict[str, Any]:
+        """Start a load; the answer has its `handle`."""
+        handle = self._handle()
+        self._loads[handle] = Load(host, port, workers, pause, text)
+        return {"handle": handle}
+
+    def do_load_peek(self, handle: int) -> dict[str, Any]:
+        """How a load goes."""
+        return self._loads[handle].peek()
+
+    def do_load_stop(self, handle: int) -> dict[str, Any]:
+        """End a load and count."""
+        return self._loads.pop(handle).stop()
 
     def do_nothing(self) -> dict[str, Any]:
         """Answer: the tool is up."""
