@@ -53,7 +53,7 @@ def delivery_ports(ephemeral: PortRange) -> list[PortRange]:
     A pod that draws from everything gets the range above Linux' default, where a clash is least likely.
     """
     low, high = ephemeral
-    ranges = [(high + 1, _MAX_PORT)] if high < _MAX_PORT else []
+    ranges = [(max(high + 1, _MIN_PORT), _MAX_PORT)] if high < _MAX_PORT else []
     if low > _MIN_PORT:
         ranges.append((_MIN_PORT, low - 1))
     return ranges or [(_DEFAULT_EPHEMERAL[1] + 1, _MAX_PORT)]

@@ -11,12 +11,13 @@ Per address family (design section 3, "Capture"):
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pyroute2 import IPRoute
+from pyroute2 import IPRoute, NetlinkError
 
 from undermesh.agent.bpf.layout import IPAddress
 from undermesh.gen import marks
@@ -37,6 +38,7 @@ _ACTION_LOOKUP: Final = 1
 _ACTION_UNREACHABLE: Final = 7
 _FULL_MASK: Final = 0xFFFFFFFF
 _ROUTE_LOCAL: Final = 2
+_IFF_UP: Final = 1
 
 FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 
@@ -66,7 +68,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Device:
-    """An interface with the addresses of one family, in the kernel's order, without link-local ones."""
+    """An interface that is up, with the addresses of one family, in the kernel's order, without link-local ones."""
 
     ifindex: int
     name: str
@@ -103,7 +105,8 @@ class Steps:
 def our_table(rules: Iterable[Rule]) -> int | None:
     """The table that our capture rule names, if there is such a rule."""
     for rule in rules:
-        if rule.fwmark == marks.CAPTURE and rule.action == _ACTION_LOOKUP and rule.table:
+        ours = rule.priority == CAPTURE_PREFERENCE and rule.fwmark == marks.CAPTURE
+        if ours and rule.action == _ACTION_LOOKUP and rule.table > 0:
             return rule.table
     return None
 
@@ -222,14 +225,27 @@ def read(netlink: IPRoute, family: int, remembered_table: int | None = None) -> 
 
 
 def apply(netlink: IPRoute, family: int, steps: Steps) -> None:
+    """Takes the steps.
+
+    Raises:
+        RoutingError: the kernel refused one, as it does when a device or an address has just gone.
+    """
     for route in steps.add_routes:
-        netlink.route("add", family=family, **_route_arguments(route, steps.table))
+        _do(netlink.route, "add", family, _route_arguments(route, steps.table))
     for rule in steps.add_rules:
-        netlink.rule("add", family=family, **_rule_arguments(rule))
+        _do(netlink.rule, "add", family, _rule_arguments(rule))
     for rule in steps.delete_rules:
-        netlink.rule("del", family=family, **_rule_arguments(rule))
+        _do(netlink.rule, "del", family, _rule_arguments(rule))
     for route in steps.delete_routes:
-        netlink.route("del", family=family, **_route_arguments(route, steps.table))
+        _do(netlink.route, "del", family, _route_arguments(route, steps.table))
+
+
+def _do(change: Callable[..., Any], verb: str, family: int, arguments: dict[str, Any]) -> None:
+    try:
+        change(verb, family=family, **arguments)
+    except NetlinkError as e:
+        what = ", ".join(f"{name} {value}" for name, value in arguments.items())
+        raise RoutingError(f"the kernel refused to {verb} ({what}): {os.strerror(e.code)}; it is tried again") from e
 
 
 def _enabled(family: int) -> bool:
@@ -284,6 +300,8 @@ def _devices(netlink: IPRoute, family: int) -> tuple[Device, ...]:
     return tuple(
         Device(link["index"], link.get_attr("IFLA_IFNAME"), tuple(addresses.get(link["index"], ())))
         for link in netlink.get_links()
+        # Tunnel modules put devices into every namespace that nobody brings up, and IPv6 refuses routes by them.
+        if link["flags"] & _IFF_UP
     )
 
 
