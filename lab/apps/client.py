@@ -26,8 +26,10 @@ PACE = 0.05
 """Seconds between two messages of an open conversation."""
 ANSWER = 8.0
 """Seconds in which a message must be answered."""
-FRAME = 16 << 10
+FRAME = 64 << 10
 """Bytes in one message to the sink."""
+BULK = 8
+"""Messages to the sink for one to another server, in a short conversation."""
 
 
 class MismatchError(Exception):
@@ -192,7 +194,7 @@ class Client:
         try:
             async with asyncio.timeout(order["timeout"]):
                 await conversation.connect()
-                for _ in range(order["count"]):
+                for _ in range(order["count"] * (BULK if order["kind"] == "sink" else 1)):
                     await conversation.exchange()
                 await conversation.close()
         except ERRORS as error:

@@ -81,8 +81,22 @@ async def _until_signal(run: Coroutine[None, None, int]) -> int:
 
 async def _run(build: Build, report: Report, *, hold: bool, keep_logs: Path | None) -> int:
     logs = keep_logs.absolute() if keep_logs is not None else Path(tempfile.mkdtemp(prefix="undermesh-demo-"))
-    stage = Stage(build, report, logs)
-    report.say(f"laying out two nodes and {len(stage.cluster.manifest.pods)} pods ({stage.cluster.prefix})")
+    failed = False
+    try:
+        await _play(Stage(build, report, logs), hold=hold)
+        failed = not report.ok
+    finally:
+        if keep_logs is None and not failed:
+            shutil.rmtree(logs)
+    if failed:
+        _show_logs(logs)
+    return int(failed)
+
+
+async def _play(stage: Stage, *, hold: bool) -> None:
+    """Every scene in order. What ends the demo early becomes its last row, unless it cannot run here at all."""
+    report, cluster = stage.report, stage.cluster
+    report.say(f"laying out two nodes and {len(cluster.manifest.pods)} pods ({cluster.prefix})")
     try:
         await stage.enter()
         for scene in SCENES:
@@ -90,7 +104,7 @@ async def _run(build: Build, report: Report, *, hold: bool, keep_logs: Path | No
                 await _hold(stage)
             await scene(stage)
     except asyncio.CancelledError:
-        stage.cluster.kill()
+        cluster.kill()
         raise
     except PreconditionError:
         raise
@@ -98,12 +112,6 @@ async def _run(build: Build, report: Report, *, hold: bool, keep_logs: Path | No
         report.row("the demo went on to its end", False, 0, "", str(error))
     finally:
         await stage.leave()
-    if report.ok:
-        if keep_logs is None:
-            shutil.rmtree(logs)
-        return 0
-    _show_logs(logs)
-    return 1
 
 
 async def _hold(stage: Stage) -> None:

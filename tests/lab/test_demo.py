@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -32,24 +36,41 @@ def empty_build(tmp_path: Path) -> Path:
     return tmp_path / "build"
 
 
-@pytest.fixture
-def demo(empty_build: Path) -> Iterator[subprocess.Popen[str]]:
-    """A running demo that has finished its first row."""
-    argv = [sys.executable, "-u", "-m", "undermesh.lab.demo", "--build", str(empty_build)]
+@dataclass(frozen=True)
+class Running:
+    """A demo that runs, and the prefix of its lab."""
+
+    process: subprocess.Popen[str]
+    prefix: str
+
+
+@contextmanager
+def start_demo(arguments: list[str], *, until: str) -> Iterator[Running]:
+    """A demo that has come to the row with `until` in its name; whatever is left of it is removed at the end."""
+    argv = [sys.executable, "-u", "-m", "undermesh.lab.demo", *arguments]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    prefix = ""
-    for line in process.stdout:
-        if "laying out" in line:
-            prefix = line.rpartition("(")[2].strip(" )\n")
-        if "shows their token" in line:
-            break
-    assert prefix, process.stderr.read() if process.stderr else ""
-    process.prefix = prefix  # type: ignore[attr-defined]
-    yield process
-    process.kill()
-    process.communicate()
-    footprint.clean_up_after_crashes()
+    said = ""
+    try:
+        for line in process.stdout:
+            said += line
+            if until in line:
+                break
+        found = re.search(r"\((um-[0-9a-f]{4})\)", said)
+        assert found, said + (process.stderr.read() if process.stderr else "")
+        yield Running(process, found[1])
+    finally:
+        process.kill()
+        process.communicate()
+        footprint.clean_up_after_crashes()
+
+
+@pytest.fixture
+def demo(empty_build: Path) -> Iterator[Running]:
+    """A running demo that has finished its first row, and will fail at its second."""
+    logs = empty_build / "logs"
+    with start_demo(["--build", str(empty_build), "--keep-logs", str(logs)], until="shows their token") as running:
+        yield running
 
 
 def traces(prefix: str) -> list[str]:
@@ -60,10 +81,10 @@ def traces(prefix: str) -> list[str]:
 
 
 @pytest.mark.root
-def test_a_killed_demo_is_cleared_up_by_the_next_lab(demo: subprocess.Popen[str]) -> None:
-    prefix = demo.prefix  # type: ignore[attr-defined]
-    demo.kill()
-    demo.wait()
+def test_a_killed_demo_is_cleared_up_by_the_next_lab(demo: Running) -> None:
+    prefix = demo.prefix
+    demo.process.kill()
+    demo.process.wait()
     assert traces(prefix)
     assert prefix in footprint.clean_up_after_crashes()
     assert traces(prefix) == []
@@ -71,16 +92,16 @@ def test_a_killed_demo_is_cleared_up_by_the_next_lab(demo: subprocess.Popen[str]
 
 @pytest.mark.root
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_demo_that_is_interrupted_clears_up_itself(demo: subprocess.Popen[str], number: signal.Signals) -> None:
-    demo.send_signal(number)
-    _, said = demo.communicate(timeout=30)
-    assert demo.returncode == 130
+def test_a_demo_that_is_interrupted_clears_up_itself(demo: Running, number: signal.Signals) -> None:
+    demo.process.send_signal(number)
+    _, said = demo.process.communicate(timeout=30)
+    assert demo.process.returncode == 130
     assert "Traceback" not in said
-    assert traces(demo.prefix) == []  # type: ignore[attr-defined]
+    assert traces(demo.prefix) == []
 
 
 @pytest.mark.root
-def test_a_second_demo_at_the_same_time_is_refused(demo: subprocess.Popen[str], empty_build: Path) -> None:
+def test_a_second_demo_at_the_same_time_is_refused(demo: Running, empty_build: Path) -> None:
     second = subprocess.run(
         [sys.executable, "-m", "undermesh.lab.demo", "--build", str(empty_build)],
         capture_output=True, text=True, timeout=20, check=False,
@@ -88,25 +109,54 @@ def test_a_second_demo_at_the_same_time_is_refused(demo: subprocess.Popen[str], 
     assert second.returncode == os.EX_TEMPFAIL
     assert second.stdout == ""
     assert second.stderr == (
-        f"demo: another demo runs on this machine (pid {demo.pid}): wait for it or stop it with Ctrl-C\n"
+        f"demo: another demo runs on this machine (pid {demo.process.pid}): wait for it or stop it with Ctrl-C\n"
     )
-    assert demo.poll() is None
+    assert demo.process.poll() is None
 
 
 @pytest.mark.root
-def test_a_live_labs_record_is_left_alone(demo: subprocess.Popen[str]) -> None:
-    prefix = demo.prefix  # type: ignore[attr-defined]
+def test_a_live_labs_record_is_left_alone(demo: Running) -> None:
+    prefix = demo.prefix
     assert prefix not in footprint.clean_up_after_crashes()
-    assert demo.poll() is None
+    assert demo.process.poll() is None
     assert netns.path(f"{prefix}-web").exists()
 
 
 @pytest.mark.root
+def test_a_demo_killed_with_the_mesh_running_is_cleared_up(tmp_path: Path) -> None:
+    with start_demo(["--keep-logs", str(tmp_path / "logs")], until="none breaks") as running:
+        known = snapshot.bpf_objects(running.prefix)
+        running.process.kill()
+        running.process.wait()
+        assert any("/sys/fs/bpf" in trace for trace in traces(running.prefix))
+        assert known
+        assert running.prefix in footprint.clean_up_after_crashes()
+        assert traces(running.prefix) == []
+        deadline = time.monotonic() + 5  # the kernel frees BPF objects after a grace period
+        while snapshot.bpf_left_over(known) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert snapshot.bpf_left_over(known) == []
+
+
+@pytest.mark.root
+def test_what_the_agents_probe_misses_is_said_in_one_line(empty_build: Path) -> None:
+    (empty_build / "bpf/lookup.bpf.o").unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "undermesh.lab.demo", "--build", str(empty_build)],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == os.EX_UNAVAILABLE
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("demo: BPF objects: lookup.bpf.o missing in ")
+
+
+@pytest.mark.root
+@pytest.mark.timeout(240)
 def test_every_row_of_the_demo_holds(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     done = subprocess.run(
         [sys.executable, "-m", "undermesh.lab.demo", "--report", str(report), "--keep-logs", str(tmp_path / "logs")],
-        capture_output=True, text=True, timeout=110, check=False,
+        capture_output=True, text=True, timeout=220, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     rows = [json.loads(line) for line in report.read_text().splitlines()]
@@ -115,6 +165,7 @@ def test_every_row_of_the_demo_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
+@pytest.mark.timeout(240)
 def test_a_demo_that_is_held_shows_commands_that_work_and_then_removes_everything(tmp_path: Path) -> None:
     argv = [sys.executable, "-u", "-m", "undermesh.lab.demo", "--hold", "--keep-logs", str(tmp_path / "logs")]
     with subprocess.Popen(
