@@ -47,7 +47,6 @@ class XdsSettings:
 
     backoff_first: float = 0.01
     backoff_limit: float = 15.0
-    save_delay: float = 1.0  # changes within it are written to the state file together
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,6 @@ class XdsClient:
         self._since: float | None = None
         self._error: str | None = "not connected yet"
         self._owed = Batch()
-        self._dirty = asyncio.Event()
         if state is not None:
             self._state.load(state)
             if self._state.resources:
@@ -107,19 +105,14 @@ class XdsClient:
 
     async def run(self) -> None:
         """Connects, and again whenever the stream ends, until cancelled."""
-        saver = asyncio.create_task(self._save())
         backoff = Backoff(self._settings.backoff_first, self._settings.backoff_limit)
-        try:
-            while True:
-                began = time.monotonic()
-                reason = await self._attempt()
-                if time.monotonic() - began > _SETTLED_SECONDS:
-                    backoff.reset()
-                self._lost(reason)
-                await asyncio.sleep(backoff.next())
-        finally:
-            saver.cancel()
-            await asyncio.gather(saver, return_exceptions=True)
+        while True:
+            began = time.monotonic()
+            reason = await self._attempt()
+            if time.monotonic() - began > _SETTLED_SECONDS:
+                backoff.reset()
+            self._lost(reason)
+            await asyncio.sleep(backoff.next())
 
     async def _attempt(self) -> str:
         """One stream from its beginning to its end; returns why it ended."""
@@ -202,11 +195,15 @@ class XdsClient:
 
     async def _hand_on(self, batch: Batch) -> None:
         """Applies a batch, after what an `apply` that failed still owes: the control plane counts the
-        versions that this client names as applied."""
+        versions that this client names as applied.
+
+        It is written down first. An agent that starts with less than a running ztunnel has would take the rest
+        from it, a DENY among it, and without the control plane nobody would bring that back.
+        """
         self._owed = self._owed.then(batch)
         if not self._owed:
             return
-        self._dirty.set()
+        await self._save()
         try:
             await self._apply(self._owed)
         except Refused:
@@ -230,13 +227,9 @@ class XdsClient:
         self._connected, self._error = False, reason
 
     async def _save(self) -> None:
-        while True:
-            await self._dirty.wait()
-            await asyncio.sleep(self._settings.save_delay)
-            self._dirty.clear()
-            if self._file is not None:
-                content = self._state.serialised()
-                await asyncio.to_thread(self._state.save, self._file, content)
+        if self._file is not None:
+            content = self._state.serialised()
+            await asyncio.to_thread(self._state.save, self._file, content)
 
 
 async def _drain(

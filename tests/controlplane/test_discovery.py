@@ -24,7 +24,7 @@ from undermesh.controlplane.translate import ResourceKey
 from undermesh.proto import authorization_pb2, discovery_pb2, discovery_pb2_grpc, report_pb2, workload_pb2
 
 WEB = "Kubernetes//Pod/shop/web"
-FAST = XdsSettings(backoff_first=0.01, backoff_limit=0.2, save_delay=0.01)
+FAST = XdsSettings(backoff_first=0.01, backoff_limit=0.2)
 
 
 class Agent:
