@@ -188,18 +188,20 @@ class Client:
         return conversation.report()
 
     async def do_once(self, order: dict[str, Any]) -> dict[str, Any]:
-        """A short conversation from beginning to end."""
+        """A short conversation from beginning to end; "seconds" until the first answer, or until it failed."""
         conversation = self._conversation(order)
         started = time.monotonic()
+        first_answer = None
         try:
             async with asyncio.timeout(order["timeout"]):
                 await conversation.connect()
                 for _ in range(order["count"] * (BULK if order["kind"] == "sink" else 1)):
                     await conversation.exchange()
+                    first_answer = first_answer or time.monotonic()
                 await conversation.close()
         except ERRORS as error:
             conversation.abandon(error)
-        return {**conversation.report(), "seconds": time.monotonic() - started}
+        return {**conversation.report(), "seconds": (first_answer or time.monotonic()) - started}
 
     def _conversation(self, order: dict[str, Any]) -> Conversation:
         return Conversation(order["kind"], order["host"], order["port"], self._token)

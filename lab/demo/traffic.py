@@ -51,7 +51,7 @@ class Outcome:
     seen_as: str | None
     """The client's address as the server saw it; None if the server does not say."""
     seconds: float
-    """From connect to the end (short conversations); longest wait for an answer (open ones)."""
+    """From connect to the first answer (short conversations); longest wait for an answer (open ones)."""
 
     def __str__(self) -> str:
         return f"{self.client} to {self.target}: {self.error or 'ok'}"
