@@ -1,9 +1,8 @@
 //! What all parts of a running ztunnel share.
 
-use std::sync::{
-    PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-    atomic::{AtomicBool, Ordering::Relaxed},
-};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use tokio::sync::watch;
 
 use crate::{
     access_log::AccessLog, connections::Registry, metrics::Metrics, pods::Pods, sockets::Sockets,
@@ -20,7 +19,7 @@ pub struct App {
     pub sockets: Box<dyn Sockets>,
     /// Random per process.
     pub instance: String,
-    ready: AtomicBool,
+    ready: watch::Sender<bool>,
 }
 
 impl App {
@@ -34,7 +33,7 @@ impl App {
             log,
             sockets,
             instance: format!("{:016x}", fastrand::u64(..)),
-            ready: AtomicBool::new(false),
+            ready: watch::Sender::new(false),
         }
     }
 
@@ -49,10 +48,16 @@ impl App {
 
     /// Whether a whole snapshot has come. Stays true when the agent goes away: what is held serves on.
     pub fn is_ready(&self) -> bool {
-        self.ready.load(Relaxed)
+        *self.ready.borrow()
     }
 
     pub fn set_ready(&self) {
-        self.ready.store(true, Relaxed);
+        self.ready.send_replace(true);
+    }
+
+    /// Resolves when a whole snapshot has come.
+    pub async fn when_ready(&self) {
+        // Fails only without a sender, and `self` holds it.
+        let _ = self.ready.subscribe().wait_for(|ready| *ready).await;
     }
 }

@@ -30,7 +30,11 @@ pub async fn serve(
 ) {
     let _accepted = Accepted::new(&pod, (source, destination));
     let mut details = details(&app, &pod, source, destination);
-    match connect(&app, &pod, &details).await {
+    let connected = tokio::select! {
+        connected = connect(&app, &pod, &details) => connected,
+        () = pod.stopped() => return,
+    };
+    match connected {
         Ok(upstream) => {
             details.upstream = Some(destination);
             connections::run(&app, details, Side::Tcp(stream), Side::Tcp(upstream)).await;

@@ -21,7 +21,7 @@ use crate::{
 /// More series than this are not kept; what they would count is lost, and counted as lost.
 const MAX_SERIES: usize = 20_000;
 
-const LABELS: [&str; 29] = [
+const LABELS: [&str; 27] = [
     "reporter",
     "source_workload",
     "source_canonical_service",
@@ -49,8 +49,6 @@ const LABELS: [&str; 29] = [
     "request_protocol",
     "connection_security_policy",
     "lane",
-    "node",
-    "network",
 ];
 
 const FLAGS: [Flag; 7] = [
@@ -255,8 +253,6 @@ fn values(world: &World, details: &Details) -> Values {
         "tcp".to_owned(),
         security.to_owned(),
         details.lane.as_str().to_owned(),
-        world.settings.node.clone(),
-        world.settings.network.clone(),
     ]
 }
 

@@ -25,15 +25,9 @@ pub async fn serve(
 ) {
     let trace = Trace::random();
     let (action, mut details) = decide(&app, &pod, &trace, source, destination);
-    let opened = match action {
-        Action::Refuse(failure) => Err(failure),
-        Action::Plain(address) => plain(&app, &pod, address, &mut details).await.map(|side| (side, None)),
-        Action::Hbone { peer, authority, workload_uid, identity } => {
-            let key = Key { source: pod.identity.clone(), workload_uid, peer, identity };
-            tunnelled(&app, &pod, key, authority, &trace, &mut details)
-                .await
-                .map(|(side, lease)| (side, Some(lease)))
-        }
+    let opened = tokio::select! {
+        opened = open(&app, &pod, action, &trace, &mut details) => opened,
+        () = pod.stopped() => return,
     };
     match opened {
         // The lease gives the stream's place on its tunnel back when the connection has ended.
@@ -73,6 +67,25 @@ fn decide(
         started: Instant::now(),
     };
     (route.action, details)
+}
+
+/// Connects to where the connection shall go. A lease holds the stream's place on its tunnel.
+async fn open(
+    app: &Arc<App>,
+    pod: &Arc<Pod>,
+    action: Action,
+    trace: &Trace,
+    details: &mut Details,
+) -> Result<(Side, Option<hbone::Lease>), Failure> {
+    match action {
+        Action::Refuse(failure) => Err(failure),
+        Action::Plain(address) => Ok((plain(app, pod, address, details).await?, None)),
+        Action::Hbone { peer, authority, workload_uid, identity } => {
+            let key = Key { source: pod.identity.clone(), workload_uid, peer, identity };
+            let (side, lease) = tunnelled(app, pod, key, authority, trace, details).await?;
+            Ok((side, Some(lease)))
+        }
+    }
 }
 
 async fn plain(app: &App, pod: &Pod, address: SocketAddr, details: &mut Details) -> Result<Side, Failure> {

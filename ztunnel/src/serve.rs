@@ -16,6 +16,9 @@ const BACK_OFF: Duration = Duration::from_millis(50);
 
 /// Starts serving a pod. Ends by itself when the pod is stopped.
 ///
+/// Nothing is accepted before the first snapshot is complete: with half of it, a peer of the mesh would look like a
+/// stranger and get plaintext. Connections wait in the backlog meanwhile.
+///
 /// # Errors
 /// If a listener cannot be used.
 pub fn start(app: &Arc<App>, pod: &Arc<Pod>) -> io::Result<()> {
@@ -26,6 +29,10 @@ pub fn start(app: &Arc<App>, pod: &Arc<Pod>) -> io::Result<()> {
 }
 
 async fn accept(app: Arc<App>, pod: Arc<Pod>, role: Role, listener: TcpListener) {
+    tokio::select! {
+        () = pod.stopped() => return,
+        () = app.when_ready() => {}
+    }
     loop {
         let accepted = tokio::select! {
             biased;

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, UdpSocket},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
     time::Duration,
@@ -33,6 +33,9 @@ pub trait Sockets: Send + Sync + 'static {
 
     /// For a connection to a pod's own app that may be bound to the address of a remote client.
     fn delivery(&self, netns: &Netns, destination: IpAddr) -> io::Result<TcpSocket>;
+
+    /// Whether an interface of the pod has the address.
+    fn has_address(&self, netns: &Netns, address: IpAddr) -> io::Result<bool>;
 }
 
 /// Sockets made by entering the pod's namespace for the moment of their creation.
@@ -127,6 +130,14 @@ impl Sockets for PodSockets {
         }
         socket.set_reuse_address(true)?;
         Ok(into_tokio(socket))
+    }
+
+    fn has_address(&self, netns: &Netns, address: IpAddr) -> io::Result<bool> {
+        match self.inside(netns, || UdpSocket::bind((address, 0))) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 }
 

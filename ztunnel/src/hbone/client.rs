@@ -10,7 +10,7 @@ use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::{
-    CONNECT_TIMEOUT, CONNECTION_WINDOW, MAX_FRAME, SEND_BUFFER, STREAM_WINDOW, peer_is_silent,
+    CONNECT_TIMEOUT, CONNECTION_WINDOW, MAX_FRAME, RESET_STREAMS, SEND_BUFFER, STREAM_WINDOW, peer_is_silent,
     pool::Key,
     tunnel::{Lease, Tunnel},
 };
@@ -128,6 +128,8 @@ async fn make_tunnel(app: Arc<App>, pod: Arc<Pod>, key: Key) -> Result<Arc<Tunne
         .max_frame_size(MAX_FRAME)
         .max_header_list_size(MAX_HEADERS)
         .max_send_buffer_size(SEND_BUFFER)
+        .max_concurrent_reset_streams(RESET_STREAMS)
+        .max_local_error_reset_streams(None)
         .enable_push(false);
     let h2_failure = |cause: String| Failure::new(Flag::H2HandshakeFailure, format!("{}: {cause}", key.peer));
     let (requests, connection) = timeout(CONNECT_TIMEOUT, builder.handshake(tls))
@@ -212,7 +214,7 @@ async fn drive(
             }
         }
         () = silent => tracing::warn!(peer = %key.peer, "no answer from the tunnel's peer in 20 s, breaking it off"),
-        () = tunnel.killed() => tracing::info!(peer = %key.peer, "tunnel broken off: its peer is no longer trusted"),
+        () = tunnel.killed() => tracing::info!(peer = %key.peer, "tunnel broken off"),
         () = idle_check => {}
     }
     tunnel.close();

@@ -25,6 +25,9 @@ const MAX_FRAME: u32 = 256 * 1024;
 const SEND_BUFFER: usize = 512 * 1024;
 /// What the server lets a peer open on one tunnel.
 const MAX_STREAMS: u32 = 200;
+/// Streams that one side may reset at once before the other takes it for an attack and drops the tunnel with all its
+/// streams. The peers are authenticated; apps that abort many connections at once are no attack.
+const RESET_STREAMS: usize = 4096;
 /// Time for connecting, and for each handshake.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const PING_INTERVAL: Duration = Duration::from_secs(10);

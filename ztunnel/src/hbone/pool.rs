@@ -95,10 +95,10 @@ impl Pool {
         }
     }
 
-    /// Lets go of all tunnels; they close when their streams end.
+    /// Breaks off all tunnels.
     pub fn clear(&self) {
         for (_, group) in self.groups().drain() {
-            group.tunnels.iter().for_each(|tunnel| tunnel.retire());
+            group.tunnels.iter().for_each(|tunnel| tunnel.kill());
         }
     }
 

@@ -17,7 +17,8 @@ use tokio::{net::TcpStream, task::JoinSet, time::timeout};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::{
-    CONNECT_TIMEOUT, CONNECTION_WINDOW, MAX_FRAME, MAX_STREAMS, SEND_BUFFER, STREAM_WINDOW, peer_is_silent,
+    CONNECT_TIMEOUT, CONNECTION_WINDOW, MAX_FRAME, MAX_STREAMS, RESET_STREAMS, SEND_BUFFER, STREAM_WINDOW,
+    peer_is_silent,
     request::{self, Authority, Trace},
 };
 use crate::{
@@ -51,7 +52,11 @@ struct Refusal(StatusCode, Failure);
 /// Serves a connection to the pod's HBONE port until it ends.
 pub async fn serve(app: Arc<App>, pod: Arc<Pod>, tcp: TcpStream, address: SocketAddr, local: SocketAddr) {
     let started = Instant::now();
-    let (tls, identity, chain) = match authenticate(&app, &pod, tcp).await {
+    let authenticated = tokio::select! {
+        authenticated = authenticate(&app, &pod, tcp) => authenticated,
+        () = pod.stopped() => return,
+    };
+    let (tls, identity, chain) = match authenticated {
         Ok(authenticated) => authenticated,
         Err(failure) => {
             let destination = peer(&app.world(), local, None);
@@ -112,6 +117,9 @@ async fn serve_streams(
         .max_frame_size(MAX_FRAME)
         .max_header_list_size(MAX_HEADERS)
         .max_concurrent_streams(MAX_STREAMS)
+        .max_concurrent_reset_streams(RESET_STREAMS)
+        .max_pending_accept_reset_streams(RESET_STREAMS)
+        .max_local_error_reset_streams(None)
         .max_send_buffer_size(SEND_BUFFER);
     let handshake = async {
         match timeout(CONNECT_TIMEOUT, builder.handshake::<_, Bytes>(tls)).await {
@@ -177,7 +185,11 @@ async fn serve_stream(
     mut respond: SendResponse<Bytes>,
 ) {
     let mut details = details(&app.world(), &client, &request);
-    let app_stream = match prepare(&app, &client, &request, &mut details).await {
+    let prepared = tokio::select! {
+        prepared = prepare(&app, &client, &request, &mut details) => prepared,
+        () = client.pod.stopped() => return,
+    };
+    let app_stream = match prepared {
         Ok(stream) => stream,
         Err(Refusal(status, failure)) => {
             connections::refused(&app, &details, &failure);
@@ -268,12 +280,15 @@ fn details(world: &World, client: &Client, request: &Request<RecvStream>) -> Det
         .cloned();
     let mut destination = peer(world, client.local, Some(&client.pod.identity));
     destination.workload = world.workload(&client.pod.workload_uid).cloned();
+    let mut source = peer(world, client.address, Some(&client.identity));
+    // An address is a hint, the certificate is the proof.
+    source.workload = source.workload.filter(|workload| world.identity(workload) == client.identity);
     Details {
         id: Trace::of(request.headers()).id,
         direction: Direction::Inbound,
         lane: Lane::Hbone,
         pod: Arc::clone(&client.pod),
-        source: peer(world, client.address, Some(&client.identity)),
+        source,
         destination,
         service,
         upstream: None,

@@ -89,7 +89,8 @@ fn add_pod(app: &Arc<App>, add: &PodAdd, fds: Vec<OwnedFd>) -> Result<(), String
     Ok(())
 }
 
-fn remove_pod(app: &App, uid: &str) {
+/// Stops serving a pod and resets what it holds.
+pub fn remove_pod(app: &App, uid: &str) {
     if let Some(pod) = app.pods.remove(uid) {
         retire(app, &pod);
         app.metrics.forget_pod(uid);

@@ -4,6 +4,7 @@
 mod apply;
 mod dump;
 mod frame;
+mod orphans;
 
 pub use frame::{FrameError, FrameStream};
 
@@ -22,26 +23,37 @@ use crate::{
 /// Of node.proto.
 const VERSION: u32 = 1;
 const FIRST_RETRY: Duration = Duration::from_millis(50);
-const LAST_RETRY: Duration = Duration::from_secs(5);
+const LAST_RETRY: Duration = Duration::from_secs(1);
 
 /// Keeps a connection to the agent, for ever.
 pub async fn run(app: Arc<App>, socket: &Path) {
+    loop {
+        let stream = tokio::select! {
+            stream = connect(socket) => stream,
+            () = orphans::collect(&app) => continue,
+        };
+        tracing::info!(socket = %socket.display(), "connected to the agent");
+        match talk(&app, &mut FrameStream::new(stream)).await {
+            Ok(()) => tracing::warn!("the agent has closed the connection; serving on"),
+            Err(error) => tracing::warn!(%error, "lost the agent; serving on"),
+        }
+        tokio::time::sleep(FIRST_RETRY).await;
+    }
+}
+
+/// Dials until the agent is there.
+async fn connect(socket: &Path) -> UnixStream {
     let mut pause = FIRST_RETRY;
     loop {
         match UnixStream::connect(socket).await {
-            Ok(stream) => {
-                tracing::info!(socket = %socket.display(), "connected to the agent");
-                pause = FIRST_RETRY;
-                match talk(&app, &mut FrameStream::new(stream)).await {
-                    Ok(()) => tracing::warn!("the agent has closed the connection; serving on"),
-                    Err(error) => tracing::warn!(%error, "lost the agent; serving on"),
-                }
-            }
-            Err(error) => {
+            Ok(stream) => return stream,
+            Err(error) if pause == FIRST_RETRY => {
                 tracing::info!(socket = %socket.display(), %error, "no agent yet, trying again");
-                pause = (pause * 2).min(LAST_RETRY);
             }
+            Err(error) => tracing::debug!(socket = %socket.display(), %error, "still no agent"),
         }
+        pause = (pause * 2).min(LAST_RETRY);
+        // Spread: 75 % to 125 %.
         tokio::time::sleep(pause.mul_f64(fastrand::f64().mul_add(0.5, 0.75))).await;
     }
 }

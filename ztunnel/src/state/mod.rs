@@ -19,7 +19,7 @@ use crate::{
     policy::PolicySet,
     proto::{
         node::{AgentHello, Resource, ResourceName, ResourceVersion},
-        security::Authorization,
+        security::{Action, Authorization, Rule, Scope as PolicyScope},
         workload::{Address, address::Type},
     },
 };
@@ -87,11 +87,7 @@ impl World {
         let bad = |cause: String| BadResource { name: resource.name.clone(), cause };
         let outcome = match resource.type_url.as_str() {
             ADDRESS_TYPE => self.upsert_address(resource).map_err(bad),
-            AUTHORIZATION_TYPE => {
-                let policy =
-                    Authorization::decode(resource.value.clone()).map_err(|error| bad(error.to_string()))?;
-                self.policies.upsert(&resource.name, &policy).map_err(|error| bad(error.to_string()))
-            }
+            AUTHORIZATION_TYPE => self.upsert_policy(resource).map_err(bad),
             other => Err(bad(format!("unknown type {other}"))),
         };
         outcome?;
@@ -189,6 +185,17 @@ impl World {
         Identity::new(trust_domain, &workload.namespace, &workload.service_account)
     }
 
+    fn upsert_policy(&mut self, resource: &Resource) -> Result<(), String> {
+        match Authorization::decode(resource.value.clone()) {
+            Ok(policy) => self.policies.upsert(&resource.name, &policy).map_err(|error| error.to_string()),
+            Err(error) => {
+                let denial = deny_everything(&resource.name, &self.settings.root_namespace);
+                self.policies.upsert(&resource.name, &denial).map_err(|error| error.to_string())?;
+                Err(format!("{error}. Until it is corrected it denies everything in its namespace"))
+            }
+        }
+    }
+
     fn upsert_address(&mut self, resource: &Resource) -> Result<(), String> {
         let address = Address::decode(resource.value.clone()).map_err(|error| error.to_string())?;
         match address.r#type {
@@ -259,6 +266,20 @@ impl World {
         }
         self.ranges.retain(|other| other.key() != key);
         remove_from(&mut self.by_hostname, &service.hostname, |other| other.key() == key);
+    }
+}
+
+/// Stands in for a policy of which only the resource name, `namespace/name`, can be read.
+fn deny_everything(resource: &str, root_namespace: &str) -> Authorization {
+    let (namespace, name) = resource.split_once('/').unwrap_or(("", resource));
+    let global = namespace.is_empty() || namespace == root_namespace;
+    Authorization {
+        name: name.to_owned(),
+        namespace: namespace.to_owned(),
+        scope: if global { PolicyScope::Global } else { PolicyScope::Namespace }.into(),
+        action: Action::Deny.into(),
+        rules: vec![Rule::default()],
+        dry_run: false,
     }
 }
 

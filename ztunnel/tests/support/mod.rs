@@ -64,6 +64,10 @@ impl Sockets for Loopback {
         socket.set_reuseaddr(true)?;
         Ok(socket)
     }
+
+    fn has_address(&self, _netns: &Netns, _address: IpAddr) -> io::Result<bool> {
+        Ok(true)
+    }
 }
 
 /// A ztunnel and the agent's end of its socket.
