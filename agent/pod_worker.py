@@ -103,6 +103,7 @@ class PodWorker:
         self._on_gone = on_gone
         self._wake = asyncio.Event()
         self._gone = False
+        self._left = False  # everyone knows that the pod is plain
         self._task = asyncio.create_task(self._run(), name=f"pod {facts.namespace}/{facts.name}")
 
     def update(self, facts: PodFacts) -> None:
@@ -148,18 +149,18 @@ class PodWorker:
 
     async def step(self) -> None:
         """One iteration towards what the facts wish for."""
-        if self.facts.enrolled:
-            try:
-                await self._enrol()
-            except (_Waiting, ZtunnelAway) as e:
-                self._set(State.ENROLLING if self.state is not State.ENROLLED else self.state, str(e))
-        else:
-            await self._unenrol()
+        enrolled = self.facts.enrolled
+        try:
+            await (self._enrol() if enrolled else self._unenrol())
+        except (_Waiting, ZtunnelAway) as e:
+            waiting = State.ENROLLING if enrolled else State.UNENROLLING
+            self._set(self.state if self.state is State.ENROLLED else waiting, str(e))
 
     # === enrol ===
 
     async def _enrol(self) -> None:
         facts, kernel = self.facts, self.kernel
+        self._left = False
         present = await asyncio.to_thread(lambda: kernel.present_flags)
         settled = self.state is State.ENROLLED
         mended = await asyncio.to_thread(kernel.ensure_routing, facts.addresses)
@@ -208,7 +209,9 @@ class PodWorker:
         present = await asyncio.to_thread(lambda: self.kernel.present_flags)
         if present & EnrolmentFlags.OUTBOUND:
             await asyncio.to_thread(self.kernel.ensure_outbound, False)
+        if not self._left:
             await self._publish(report_pb2.PLAIN)
+            self._left = True
             if self.facts.enrolled:
                 return
         try:
