@@ -141,3 +141,40 @@ fn undecodable(cause: serde_json::Error) -> CniError {
         format!("{cause}: check the configuration list in the CNI configuration directory of the node"),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn no_input_makes_it_panic(input in proptest::collection::vec(any::<u8>(), 0..100)) {
+            let _ = Config::parse(&input);
+            let version = version_for_errors(&input);
+            prop_assert!(VERSIONS.contains(&version));
+        }
+
+        #[test]
+        fn the_previous_result_is_kept_byte_for_byte_and_its_addresses_are_all_or_none(
+            addresses in proptest::collection::vec("[0-9a-f.:]{1,20}", 0..4),
+            length in "(/[0-9]{1,3})?",
+            other in "[a-z0-9 .]{0,10}",
+        ) {
+            let ips: Vec<String> = addresses.iter().map(|a| format!("{{\"address\": \"{a}{length}\"}}")).collect();
+            let previous = format!("{{ \"other\":\"{other}\",\"ips\" : [{}] }}", ips.join(" , "));
+            let parse = |previous: &str| {
+                Config::parse(format!("{{\"cniVersion\":\"1.0.0\",\"prevResult\": {previous} }}").as_bytes())
+            };
+            let config = parse(&previous).expect("valid");
+            prop_assert_eq!(config.previous.as_ref().expect("there").get(), &previous);
+            prop_assert_eq!(config.addresses().expect("valid"), addresses);
+
+            let damaged = previous.replacen("\"address\"", "\"adress\"", 1);
+            if damaged != previous {
+                prop_assert!(parse(&damaged).expect("still an object").addresses().is_err());
+            }
+        }
+    }
+}
