@@ -15,7 +15,9 @@ from undermesh.agent import cgroups, fd_store, features
 from undermesh.agent.api import Api
 from undermesh.agent.bpf import node_capture
 from undermesh.agent.certificates import CertificateManager, Issued, RootsChanged, Withdrawn
+from undermesh.agent.cni_server import CniServer
 from undermesh.agent.control import ControlPlane, ControlPlaneSettings
+from undermesh.agent.enrolled_namespaces import EnrolledNamespaces
 from undermesh.agent.features import Check
 from undermesh.agent.node_kernel import NodeKernel
 from undermesh.agent.pod_kernel import KernelContext
@@ -29,6 +31,7 @@ from undermesh.agent.xds import XdsClient
 from undermesh.agent.xds_state import Batch, Resource
 from undermesh.agent.ztunnel_link import ZtunnelAway, ZtunnelLink, ZtunnelRefused
 from undermesh.api.files import FileSource
+from undermesh.api.objects import Objects
 from undermesh.proto import node_pb2 as wire
 
 log = logging.getLogger(__name__)
@@ -57,6 +60,7 @@ class NodeAgent:
             fd_store.from_environment(os.environ),
         )
         self._source = FileSource(settings.source)
+        self._namespaces = EnrolledNamespaces(settings.state_dir)
         self._control = ControlPlane(
             ControlPlaneSettings(settings.control_plane, settings.ca_root, settings.token, settings.control_plane_name)
         )
@@ -111,6 +115,9 @@ class NodeAgent:
                 tasks.create_task(self._xds.run(), name="xds")
                 tasks.create_task(self._reporter.run(), name="reports")
                 tasks.create_task(self._watch_source(), name="source")
+                tasks.create_task(
+                    CniServer(self._reconciler).run(self.settings.run_dir / "cni.sock"), name="cni server"
+                )
         finally:
             await self._reconciler.stop()
             await self.link.stop()
@@ -127,13 +134,20 @@ class NodeAgent:
 
     async def _watch_source(self) -> None:
         objects = self._source.watch()
-        await anext(objects)
+        self._list_namespaces(await anext(objects))
         if self._reconciler.lacking_listeners():
             await self.link.wait_greeted(within_s=_ADOPTION_WAIT_S)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._reconciler.run(), name="reconciler")
-            async for _ in objects:
+            async for state in objects:
                 self._reconciler.wake()
+                self._list_namespaces(state)
+
+    def _list_namespaces(self, state: Objects) -> None:
+        try:
+            self._namespaces.update(state)
+        except OSError as e:
+            log.error("the list of enrolled namespaces for the CNI plugin cannot be written, the old one stands: %s", e)
 
     async def _apply(self, batch: Batch) -> None:
         """Hands one xDS batch to ztunnel; its return acknowledges the batch to the control plane."""

@@ -81,6 +81,7 @@ class PodWorker:
         kernel: its namespace; ownership passes to the worker.
         certificate_error: why an identity has no certificate yet, for the reason in status.
         on_gone: called once nothing of the pod is left.
+        fresh: no process of the pod runs yet, so there is no connection that publication must come before.
     """
 
     def __init__(
@@ -91,12 +92,16 @@ class PodWorker:
         publisher: Publisher,
         certificate_error: Callable[[str], str | None],
         on_gone: Callable[[PodWorker], None],
+        *,
+        fresh: bool = False,
     ) -> None:
         self.facts = facts
         self.kernel = kernel
         self.state = State.ENROLLING if facts.enrolled else State.UNENROLLING
         self.reason = ""
         self.stats = wire.PodStats()
+        self.captured = asyncio.Event()
+        self._fresh = fresh
         self._link = link
         self._publisher = publisher
         self._certificate_error = certificate_error
@@ -104,6 +109,7 @@ class PodWorker:
         self._wake = asyncio.Event()
         self._gone = False
         self._left = False  # everyone knows that the pod is plain
+        self._closed = False  # inbound steering has been off for one step
         self._task = asyncio.create_task(self._run(), name=f"pod {facts.namespace}/{facts.name}")
 
     def update(self, facts: PodFacts) -> None:
@@ -160,7 +166,7 @@ class PodWorker:
 
     async def _enrol(self) -> None:
         facts, kernel = self.facts, self.kernel
-        self._left = False
+        self._left = self._closed = False
         present = await asyncio.to_thread(lambda: kernel.present_flags)
         settled = self.state is State.ENROLLED
         mended = await asyncio.to_thread(kernel.ensure_routing, facts.addresses)
@@ -176,10 +182,12 @@ class PodWorker:
             raise _Waiting(f"no certificate for {facts.identity} yet" + (f": {error}" if error else ""))
         await asyncio.to_thread(kernel.ensure_inbound)
         if not present & EnrolmentFlags.OUTBOUND:
-            await self._publish(report_pb2.ACCEPTS_TUNNELS)
+            if not self._fresh:
+                await self._publish(report_pb2.ACCEPTS_TUNNELS)
             if not self.facts.enrolled:
                 return
             await asyncio.to_thread(kernel.ensure_outbound, True)
+        self.captured.set()
         self._publisher.set_state(facts.uid, report_pb2.SENDS_TUNNELS, "")
         if self.state is not State.ENROLLED:
             log.info("pod %s/%s is enrolled", facts.namespace, facts.name)
@@ -223,7 +231,12 @@ class PodWorker:
         if self.stats.inbound_tunnels:
             self._set(State.UNENROLLING, f"{self.stats.inbound_tunnels} tunnels of peers are still in use")
             return
-        await asyncio.to_thread(self.kernel.stop_inbound)
+        if not self._closed:
+            await asyncio.to_thread(self.kernel.stop_inbound)
+            self._closed = True
+            # What the listeners took in until now is counted by the next step, when ztunnel has accepted it.
+            self._set(State.UNENROLLING, "inbound steering has just ended")
+            return
         open_connections = self.stats.captured_connections + self.stats.inbound_connections
         if open_connections:
             self._set(State.UNENROLLING, f"{open_connections} connections in the mesh are still open")

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from undermesh.agent import cgroups, node_kernel
-from undermesh.agent.bpf.layout import ListenerSlot
+from undermesh.agent import cgroups, netns, node_kernel
+from undermesh.agent.bpf.layout import IPAddress, ListenerSlot
 from undermesh.agent.bpf.libbpf import BpfError
+from undermesh.agent.cni_server import NotEnrolled
 from undermesh.agent.netlink_watch import NetlinkWatch
 from undermesh.agent.netns import NetnsError
 from undermesh.agent.pod_kernel import KernelContext, PodKernel, parse_store_name
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 INTERVAL_S: Final = 2.0
 # /proc is read when a pod waits for its namespace, and else in one pass of this many.
 _PASSES_PER_SCAN: Final = 4
+# Within the 9 s that the CNI server has for its answer.
+_CNI_OBJECT_WAIT_S: Final = 3.0
+_CNI_WAIT_S: Final = 5.5
 
 
 class Certificates(Protocol):
@@ -100,6 +104,7 @@ class Reconciler:
         self._below = "/" + str(settings.cgroup_root.relative_to(node.cgroup_mount)).strip(".")
         self._reasons: dict[str, str] = {}
         self._seen: dict[str, Observation] = {}
+        self._cni_addresses: dict[str, tuple[IPAddress, ...]] = {}
         self._passes = 0
 
     def wake(self) -> None:
@@ -179,6 +184,7 @@ class Reconciler:
         wishes = {uid: self._facts(pod, objects) for uid, pod in pods.items()}
         seen = await self._scan(wishes)
         await self._drop_gone(pods, seen)
+        self._cni_addresses = {uid: found for uid, found in self._cni_addresses.items() if uid in pods}
         for uid, pod in pods.items():
             try:
                 self._adjust(uid, wishes[uid], pod, seen.get(uid))
@@ -189,15 +195,17 @@ class Reconciler:
         await self._remove_orphans()
         self._forget_records(pods)
         self._certificates.set_wanted(
-            {worker.facts.identity for worker in self._workers.values()}
-            | {facts.identity for facts in wishes.values() if facts.enrolled}
+            self._wanted_identities() | {facts.identity for facts in wishes.values() if facts.enrolled}
         )
         probes = node_kernel.probe_ports(
-            (self._workers[uid].kernel.record.pod_id, pod.addresses, pod.probe_ports)
+            (self._workers[uid].kernel.record.pod_id, wishes[uid].addresses, pod.probe_ports)
             for uid, pod in pods.items()
             if uid in self._workers
         )
         await asyncio.to_thread(self._node.ensure, probes)
+
+    def _wanted_identities(self) -> set[str]:
+        return {worker.facts.identity for worker in self._workers.values()}
 
     async def _remove_orphans(self) -> None:
         """Pods that ztunnel still serves and that are none of ours any more."""
@@ -268,13 +276,18 @@ class Reconciler:
         if os.fstat(netns_fd).st_ino != inode:
             os.close(netns_fd)
             return  # another process got the number just now: the next iteration looks again
-        kernel = PodKernel(self._context, self._record_of(facts, inode), netns_fd)
+        self._begin(uid, facts, netns_fd)
+
+    def _begin(self, uid: str, facts: PodFacts, netns_fd: int, *, fresh: bool = False) -> PodWorker:
+        """Starts the pod's worker, which owns the FD from here on."""
+        kernel = PodKernel(self._context, self._record_of(facts, netns.inode(netns_fd)), netns_fd)
         kernel.adopt_listeners(self._kept.pop(uid, {}))
         self._reasons.pop(uid, None)
         self._workers[uid] = worker = PodWorker(
-            facts, kernel, self._link, self._publisher, self._certificates.error_of, self._on_gone
+            facts, kernel, self._link, self._publisher, self._certificates.error_of, self._on_gone, fresh=fresh
         )
         self._watches[uid] = NetlinkWatch(netns_fd, worker.wake)
+        return worker
 
     def _record_of(self, facts: PodFacts, inode: int) -> PodRecord:
         record = self._records.get(facts.uid)
@@ -329,11 +342,70 @@ class Reconciler:
             service_account=pod.spec.service_account_name,
             identity=str(identity),
             workload_uid=workload_uid(self._settings.cluster, metadata.namespace, metadata.name),
-            addresses=pod.addresses,
+            # status.podIPs is empty until the sandbox is up, and the sandbox waits for us.
+            addresses=pod.addresses or self._cni_addresses.get(metadata.uid, ()),
             declared_ports=frozenset(p.container_port for c in pod.containers for p in c.ports),
             enrolled=wish.enrolled,
             reason=wish.reason,
         )
+
+    # === what the CNI plugin asks ===
+
+    async def cni_add(self, uid: str, netns_fd: int, addresses: tuple[IPAddress, ...]) -> None:
+        """Enrols a pod whose namespace was made just now, if it is to be; returns once it is captured.
+
+        Raises:
+            NotEnrolled: it is to be enrolled and cannot be, or it is not known yet.
+        """
+        pod = await self._await_pod(uid)
+        if not self._facts(pod, self._objects()).enrolled:
+            return
+        self._cni_addresses[uid] = addresses
+        facts = self._facts(pod, self._objects())
+        worker = self._workers.get(uid)
+        inode = netns.inode(netns_fd)
+        if worker is not None and worker.kernel.record.netns_inode != inode:
+            await worker.abandon()
+            worker = None
+        try:
+            worker = worker or self._begin(uid, facts, os.dup(netns_fd), fresh=True)
+            self._certificates.set_wanted(self._wanted_identities() | {facts.identity})
+            async with asyncio.timeout(_CNI_WAIT_S):
+                await worker.captured.wait()
+        except TimeoutError:
+            assert worker is not None  # made above
+            raise NotEnrolled(f"pod {pod.metadata.key} is not enrolled yet: {worker.reason}") from None
+        except (NetnsError, BpfError) as e:
+            raise NotEnrolled(f"pod {pod.metadata.key} cannot be enrolled: {e}") from e
+
+    async def cni_delete(self, uid: str) -> None:
+        """Lets go of a pod's namespace, which is about to be removed."""
+        self._cni_addresses.pop(uid, None)
+        worker = self._workers.get(uid)
+        if worker is not None:
+            await worker.abandon()
+
+    def cni_check(self, uid: str) -> None:
+        """Raises NotEnrolled if a pod should be captured and is not."""
+        pod = self._pod(uid)
+        worker = self._workers.get(uid)
+        wanted = pod is not None and self._facts(pod, self._objects()).enrolled
+        if wanted and (worker is None or not worker.captured.is_set()):
+            reason = worker.reason if worker else "the agent has not seen its namespace"
+            raise NotEnrolled(f"pod {uid} is not captured: {reason}")
+
+    def _pod(self, uid: str) -> Pod | None:
+        pods = self._objects().pods_on(self._settings.node)
+        return next((pod for pod in pods if pod.metadata.uid == uid), None)
+
+    async def _await_pod(self, uid: str) -> Pod:
+        """The kubelet may be ahead of our watch."""
+        deadline = asyncio.get_running_loop().time() + _CNI_OBJECT_WAIT_S
+        while (pod := self._pod(uid)) is None:
+            if asyncio.get_running_loop().time() > deadline:
+                raise NotEnrolled(f"pod {uid} is not known on node {self._settings.node}: is the API server reached?")
+            await asyncio.sleep(0.05)
+        return pod
 
     # === for status, and the end ===
 

@@ -24,6 +24,7 @@ class Settings:
         node: the Kubernetes node this agent serves.
         source: directory with the objects.
         run_dir: sockets and state that a restart of the agent survives; a tmpfs.
+        state_dir: what a reboot survives: the list of enrolled namespaces.
         pin_dir: our folder in bpffs.
         cgroup_root: the node's root in cgroup2; capture is attached here.
         bpf_dir: the compiled BPF objects.
@@ -48,6 +49,7 @@ class Settings:
     network: str
     root_namespace: str
     log_level: str
+    state_dir: Path = Path("/var/lib/undermesh")
 
     @property
     def pins(self) -> Path:
@@ -60,6 +62,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--node", required=True, help="name of the Kubernetes node")
     parser.add_argument("--source", type=_directory, required=True, help="directory of Kubernetes YAML files")
     parser.add_argument("--run-dir", type=Path, default=Path("/run/undermesh"))
+    parser.add_argument("--state-dir", type=Path, default=Path("/var/lib/undermesh"))
     parser.add_argument("--pin-dir", type=Path, default=Path("/sys/fs/bpf/undermesh"))
     parser.add_argument("--cgroup-root", type=_directory, default=None, help="default: the cgroup2 mount")
     parser.add_argument("--bpf-dir", type=_directory, required=True, help="directory of the BPF objects")

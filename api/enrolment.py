@@ -50,6 +50,12 @@ def desired_enrolment(
     return Enrolment(False, obstacle) if obstacle else wish
 
 
+def namespace_enrolled(namespace: Namespace) -> bool:
+    """Whether a namespace's own labels put its pods into the mesh, those aside that have labels of their own."""
+    found = (_VALUES[name].get(namespace.metadata.labels.get(name, "")) for name in _VALUES)
+    return next((enrolled for enrolled in found if enrolled is not None), False)
+
+
 def _labelled(pod: Pod, namespace: Namespace | None) -> Enrolment:
     ignored: list[str] = []
     for owner, name, value in _labels(pod, namespace):

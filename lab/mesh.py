@@ -172,6 +172,7 @@ class Mesh:
         control_plane = next(iter(self._nodes.values()))
         argv = [str(self._build.ztunnel), "supervise", "--", sys.executable, "-m", "undermesh.agent"]
         argv += ["--node", node, "--source", str(self._source), "--run-dir", str(place.run_dir)]
+        argv += ["--state-dir", str(place.run_dir / "state")]
         argv += ["--pin-dir", str(place.pin_dir), "--cgroup-root", str(place.cgroup)]
         argv += [
             "--bpf-dir",

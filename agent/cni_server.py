@@ -1,0 +1,100 @@
+"""What the CNI plugin asks: enrol a pod before its first process starts, and let go of one that ends.
+
+One request per connection on cni.sock (proto/cni.proto). ADD is answered when the pod is steered, captured and has
+its certificate; publication does not hold a pod's start up. A pod that cannot be enrolled though it should be
+does not start: the kubelet tries again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Final, Protocol
+
+from undermesh.agent.bpf.layout import IPAddress
+from undermesh.agent.frames import FrameChannel, FrameError
+from undermesh.proto import cni_pb2
+
+log = logging.getLogger(__name__)
+
+# The plugin gives up after 10 s: its user should read our reason, not its time-out.
+_ANSWER_WITHIN_S: Final = 9.0
+
+
+class NotEnrolled(Exception):
+    """The pod cannot start now; the message says why and what to do."""
+
+
+class Enroller(Protocol):
+    """Enrols pods on demand."""
+
+    async def cni_add(self, uid: str, netns_fd: int, addresses: tuple[IPAddress, ...]) -> None: ...
+
+    async def cni_delete(self, uid: str) -> None: ...
+
+    def cni_check(self, uid: str) -> None: ...
+
+
+class CniServer:
+    """Answers CNI plugins on one socket (0600)."""
+
+    def __init__(self, enroller: Enroller) -> None:
+        self._enroller = enroller
+        self._calls: set[asyncio.Task[None]] = set()
+
+    async def run(self, path: Path) -> None:
+        """Serves until cancelled."""
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            old = os.umask(0o177)
+            try:
+                listener.bind(str(path))
+            finally:
+                os.umask(old)
+            listener.listen(128)
+            listener.setblocking(False)
+            while True:
+                connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+                call = asyncio.create_task(self._serve(FrameChannel(connection)), name="cni call")
+                self._calls.add(call)
+                call.add_done_callback(self._calls.discard)
+
+    async def _serve(self, channel: FrameChannel) -> None:
+        with contextlib.closing(channel):
+            try:
+                data = await channel.receive()
+                if data is None:
+                    return
+                request = cni_pb2.CniRequest.FromString(data)
+                fds = channel.take_fds(1 if request.command == cni_pb2.CniRequest.ADD else 0)
+                await channel.send((await self._answer(request, fds)).SerializeToString())
+            except (FrameError, ValueError) as e:
+                log.warning("a CNI plugin's call ended early: %s", e)
+
+    async def _answer(self, request: cni_pb2.CniRequest, fds: list[int]) -> cni_pb2.CniAnswer:
+        name = f"{request.pod_namespace}/{request.pod_name}"
+        try:
+            async with asyncio.timeout(_ANSWER_WITHIN_S):
+                await self._obey(request, fds)
+        except (NotEnrolled, TimeoutError, OSError) as e:
+            reason = str(e) or f"pod {name} was not enrolled within {_ANSWER_WITHIN_S:.0f} s"
+            log.warning("CNI %s of pod %s: %s", cni_pb2.CniRequest.Command.Name(request.command), name, reason)
+            return cni_pb2.CniAnswer(error=reason, retry=True)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return cni_pb2.CniAnswer()
+
+    async def _obey(self, request: cni_pb2.CniRequest, fds: list[int]) -> None:
+        if request.command == cni_pb2.CniRequest.ADD:
+            addresses = tuple(ipaddress.ip_address(text) for text in request.addresses)
+            await self._enroller.cni_add(request.pod_uid, fds[0], addresses)
+        elif request.command == cni_pb2.CniRequest.DEL:
+            await self._enroller.cni_delete(request.pod_uid)
+        else:
+            self._enroller.cni_check(request.pod_uid)
