@@ -121,7 +121,7 @@ class MeshView:
 
     def map_size(self, node: str, name: str) -> int:
         """How many entries a pinned hash map of a node has."""
-        (pin,) = self.cluster.nodes[node].pin_dir.rglob(name)
+        (pin,) = (path for path in self.cluster.nodes[node].pin_dir.rglob(name) if not path.is_dir())
         descriptor = _open_pin(pin)
         key, entries = ctypes.create_string_buffer(256), 0
         try:

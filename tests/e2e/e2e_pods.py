@@ -196,6 +196,9 @@ class Way:
     port: int | None
     """The service's port; None: the pod's own address, at the port where it listens."""
 
+    def __str__(self) -> str:
+        return f"{self.client.name} to {self.server.name} at {self.host}"
+
     @property
     def target_port(self) -> int:
         """Where the server listens; 0 is any port."""

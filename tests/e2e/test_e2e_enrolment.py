@@ -39,7 +39,8 @@ def test_enrolling_and_un_enrolling_under_traffic_breaks_nothing(steady, pods, w
                     ends = [client.stop() for client in across]
                     assert_clean(*ends)
                     cluster.wait_pods("flap", state, 20)
-                    assert all(not load.peek()["errors"] for load in loads), (number, state)
+                    errors = {str(one): load.peek()["errors"] for one, load in zip(ways, loads, strict=True)}
+                    assert not any(errors.values()), (number, state, errors)
         finally:
             cluster.label_namespace("flap", {ENROL_LABEL: "enabled"})
             reports = [load.stop() for load in loads]
@@ -101,13 +102,13 @@ def test_of_a_deleted_pod_nothing_is_left_and_its_successor_has_only_its_own_ide
     assert holders(steady, "node2", inode) == ["agent", "ztunnel"]
     assert any(old.uid in pin for pin in steady.pins("node2"))
     assert_works(way("client", "doomed", 4))
-    with pods["doomed"].listening([["echo"]], APP_PORT):
-        client = pods["client"].connect(old.addresses[0], APP_PORT, [["ping", 0.05], ["end"], ["recv_all"]])
-        eventually(client.peek, lambda found: found["exchanges"] > 2, 5.0)
-        kill_pod(cluster, "doomed")
-        deleted = time.monotonic()
-        cluster.source.remove("doomed.yaml")
-        ended = client.result(10)
+    port = pods["doomed"].order("listen", steps=[["echo"]])["port"]
+    client = pods["client"].connect(old.addresses[0], port, [["ping", 0.05], ["end"], ["recv_all"]])
+    eventually(client.peek, lambda found: found["exchanges"] > 2, 5.0)
+    kill_pod(cluster, "doomed")
+    deleted = time.monotonic()
+    cluster.source.remove("doomed.yaml")
+    ended = client.result(10)
     try:
         assert ended["error"] is not None, "its open connection ended as if all were well"
         eventually(lambda: holders(steady, "node2", inode), lambda found: not found, 8.0)
