@@ -224,10 +224,14 @@ static __always_inline int on_set_mark(struct bpf_sockopt *ctx)
 		return 1;
 	if (in_trusted_cgroup())
 		return 1;
-	if (is_our_mark(*value) || sk->mark == MARK_CAPTURE) {
+	/* Another mark would send the rest of a captured connection, or the answers to a delivery, past
+	 * ztunnel. */
+	if (is_our_mark(*value) || sk->mark == MARK_CAPTURE || sk->mark == MARK_DELIVERY) {
 		count(COUNT_MARK_REFUSED);
 		return 0;
 	}
+	if (sk->state == TCP_LISTEN)
+		*value = 0; /* as on_listen() does */
 	return 1;
 }
 

@@ -18,6 +18,7 @@
 #define SO_BINDTODEVICE 25
 #define SO_MARK 36
 #define TCP_CLOSE 7
+#define TCP_LISTEN 10
 
 /* Ends a branch that reads the context: clang would else merge its last reads with those of the other branch
  * by computing the address, and the verifier refuses computed context addresses. */
