@@ -84,6 +84,22 @@ def test_a_captured_socket_keeps_its_mark_and_stays_captured(pod: Pod, port: int
 
 
 @both_families
+def test_the_answers_to_a_delivery_cannot_be_marked_away(pod: Pod, port: int, family: Family) -> None:
+    """They would leave the pod in plaintext, towards the client."""
+    server = listen(pod.app, family, port)
+    leg = pod.deliver(family, family.peer, port)
+    accepted, _ = server.accept()
+    with Watch(pod.netns, "eth0") as wire:
+        for mark in (0, 7, marks.BYPASS):
+            with pytest.raises(PermissionError):
+                accepted.setsockopt(*MARK, mark)
+        assert_talks(leg, accepted)
+        assert wire.segments() == []
+    leg.close()
+    server.close()
+
+
+@both_families
 def test_a_deferred_syn_cannot_be_marked_away(pod: Pod, port: int, family: Family) -> None:
     with Watch(pod.netns, "eth0") as wire:
         client = pod.app.socket(family.number)

@@ -166,11 +166,17 @@ def test_a_strict_reverse_path_filter_hinders_nothing(strict: Pod, peer: RemoteP
 
 
 @both_families
-def test_a_mark_on_the_apps_listener_does_not_lead_its_answers_astray(pod: Pod, port: int, family: Family) -> None:
+@pytest.mark.parametrize("when", ["before listen", "after listen"])
+def test_a_mark_on_the_apps_listener_does_not_lead_its_answers_astray(
+    pod: Pod, port: int, family: Family, when: str
+) -> None:
     server = pod.app.socket(family.number)
-    server.setsockopt(*MARK, 7)
+    if when == "before listen":
+        server.setsockopt(*MARK, 7)
     server.bind((family.any, port))
     server.listen(8)
+    if when == "after listen":
+        server.setsockopt(*MARK, 7)
     leg = pod.deliver(family, family.peer, port)
     accepted, _ = server.accept()
     assert accepted.getsockopt(*MARK) == marks.DELIVERY
