@@ -10,14 +10,14 @@
 #
 #   KERNEL_PACKAGE  Debian package of the kernel     (linux-image-amd64: the newest that apt offers)
 #   KERNEL_DEB      a .deb at hand instead of it
-#   TIME_LIMIT      seconds until the guest is stopped, status 124   (1800)
+#   TIME_LIMIT      seconds until the guest is stopped, status 124   (7200)
 #   MEMORY, CPUS    of the guest                     (2G, those of this machine up to 4)
 #   V=1             shows the kernel's messages
 set -euo pipefail
 
 KERNEL_PACKAGE=${KERNEL_PACKAGE:-linux-image-amd64}
 KERNEL_DEB=${KERNEL_DEB:-}
-TIME_LIMIT=${TIME_LIMIT:-1800}
+TIME_LIMIT=${TIME_LIMIT:-7200}
 MEMORY=${MEMORY:-2G}
 CPUS=${CPUS:-$(n=$(nproc); echo $((n < 4 ? n : 4)))}
 
@@ -140,7 +140,7 @@ boot() {
 		-machine q35 -accel tcg,thread=multi -cpu max,la57=off -smp "$CPUS" -m "$MEMORY" \
 		-nodefaults -no-user-config -no-reboot -display none -serial stdio -nic none \
 		-kernel "$kernel"/boot/vmlinuz-* -initrd "$work/initramfs" \
-		-append "console=ttyS0 $messages panic=-1 tsc=reliable clocksource=tsc no_timer_check mitigations=off nokaslr random.trust_cpu=on" \
+		-append "console=ttyS0 $messages panic=-1 tsc=reliable clocksource=tsc no_timer_check nowatchdog mitigations=off nokaslr random.trust_cpu=on" \
 		-fsdev "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap" \
 		-device virtio-9p-pci,fsdev=host,mount_tag=host \
 		-device isa-debug-exit,iobase=0xf4,iosize=0x04 </dev/null || status=$?
