@@ -53,7 +53,7 @@ test-kernel: build ## the kernel-facing tests on Debian's 6.1 kernel, under qemu
 .PHONY: check
 check: build ## formatters, linters and types
 	$(Q)$(VENV)/bin/ruff format --check --quiet . && $(VENV)/bin/ruff check --quiet .
-	$(Q)$(VENV)/bin/mypy --config-file pyproject.toml $(foreach p,$(PACKAGES),-p undermesh.$(p))
+	$(Q)env -u PYTHONPATH MYPYPATH=$(BUILD)/py $(VENV)/bin/mypy --config-file pyproject.toml $(foreach p,$(PACKAGES),-p undermesh.$(p))
 	$(Q)cargo fmt --check && cargo clippy --locked --profile fast --workspace --all-targets --quiet -- -D warnings
 	$(Q)clang-format --dry-run -Werror bpf/*.c bpf/include/*.h
 
@@ -93,6 +93,8 @@ $(VENV)/.done: requirements.txt requirements-dev.txt | $(BUILD)/.bootstrap
 $(PYTREE)/.done: $(PROTOS) proto/marks.toml tools/generate_marks.py $(VENV)/.done Makefile
 	$(Q)rm -rf $(PYTREE) && mkdir -p $(PYTREE)/gen $(PYTREE)/proto && touch $(PYTREE)/gen/__init__.py $(PYTREE)/proto/__init__.py
 	$(Q)for p in $(PACKAGES); do ln -s ../../../$$p $(PYTREE)/$$p; done
+	$(Q)printf '#!/bin/sh\nPYTHONPATH=%s PYTHONDONTWRITEBYTECODE=1 exec %s -m undermesh.cli "$$@"\n' \
+	    '$(CURDIR)/$(BUILD)/py' '$(CURDIR)/$(PY)' > $(BUILD)/undermesh && chmod +x $(BUILD)/undermesh
 	$(Q)$(PY) tools/generate_marks.py proto/marks.toml $(BUILD)/gen/marks.h $(PYTREE)/gen/marks.py
 	$(Q)cd $(BUILD) && PATH="$(CURDIR)/$(VENV)/bin:$$PATH" venv/bin/python -m grpc_tools.protoc -Iundermesh/proto=../proto \
 	    --python_out=py --grpc_python_out=py --mypy_out=quiet:py --mypy_grpc_out=quiet:py \

@@ -92,6 +92,7 @@ class NodeAgent:
             lambda: self._source.current,
         )
         self._api = Api(self)
+        self._state_known = False
         self._xds.on_connected.append(self._certificates.retry_now)
 
     def _require_features(self) -> None:
@@ -130,7 +131,7 @@ class NodeAgent:
         kept = self._xds.resources()
         self.link.seed_resources([_resource(resource) for resource in kept])
         if kept:
-            self.link.allow_snapshot()
+            self._state_known = True
 
     async def _watch_source(self) -> None:
         objects = self._source.watch()
@@ -152,8 +153,14 @@ class NodeAgent:
     async def _apply(self, batch: Batch) -> None:
         """Hands one xDS batch to ztunnel; its return acknowledges the batch to the control plane."""
         removals = [wire.ResourceName(type_url=type_url, name=name) for type_url, name in batch.removals]
-        self.link.allow_snapshot()
+        self._state_known = True
+        self._allow_snapshot()
         await self.link.apply_resources([_resource(resource) for resource in batch.upserts], removals)
+
+    def _allow_snapshot(self) -> None:
+        """Without roots every handshake fails: a ztunnel that is told that it is ready must be able to serve."""
+        if self._state_known and self._certificates.roots_pem:
+            self.link.allow_snapshot()
 
     async def _feed_certificates(self) -> None:
         """Passes certificates and roots on as they come; ztunnel's next snapshot holds what it missed."""
@@ -174,6 +181,8 @@ class NodeAgent:
                         log.info("certificate of %s is withdrawn: %s", identity, reason)
                         await self.link.remove_certificate(identity)
                     case RootsChanged(roots_pem):
+                        self.link.hold_trust_bundle(roots_pem)
+                        self._allow_snapshot()
                         await self.link.set_trust_bundle(roots_pem)
             except ZtunnelAway:
                 log.debug("ztunnel is away: it gets the certificate when it connects")

@@ -123,7 +123,7 @@ class ZtunnelLink:
         return (session.instance, session.build, session.pid) if session and self.connected else None
 
     def allow_snapshot(self) -> None:
-        """From now on a ztunnel may be told that it knows everything (the control plane's state is here)."""
+        """From now on a ztunnel may be told that it knows everything: roots and the control plane's state are here."""
         self._snapshot_complete.set()
 
     async def wait_greeted(self, *, within_s: float) -> bool:
@@ -198,6 +198,10 @@ class ZtunnelLink:
 
     def has_certificate(self, identity: str) -> bool:
         return identity in self._certificates
+
+    def hold_trust_bundle(self, roots_pem: bytes) -> None:
+        """The bundle that the next snapshot carries."""
+        self._bundle = roots_pem
 
     async def set_trust_bundle(self, roots_pem: bytes) -> None:
         self._bundle = roots_pem
@@ -333,8 +337,8 @@ class ZtunnelLink:
             # After a restart of the agent its workers may be on their way: the reconciler decides about these.
             self.orphans = set(held_pods) - set(self._pods)
             await self._tell(session, wire.AgentFrame(snapshot_end=wire.SnapshotEnd()))
-        except (FrameError, ZtunnelAway) as e:
-            self._end(session, str(e))
+        except (FrameError, ZtunnelAway, ZtunnelRefused) as e:
+            self._end(session, f"the snapshot failed: {e}")
             return
         if self._session is session:
             log.info("ztunnel %s (pid %d) is connected and up to date", session.instance, session.pid)
