@@ -60,7 +60,8 @@ fn enrolled(command: Command, config: &Config, environment: &impl Environment) -
     let netns = parameters::open_netns(environment)?;
     let pod = attachment.pod.clone();
     let addresses = config.addresses()?;
-    match ask(command, config, attachment, addresses, Some(netns)) {
+    let netns = (command == Command::Add).then_some(netns);
+    match ask(command, config, attachment, addresses, netns) {
         Ok(answer) if answer.error.is_empty() => Ok(()),
         Ok(answer) => Err(refused(&pod, &answer)),
         Err(no_answer) => match state::may_start(&config.state_file, &pod.namespace) {

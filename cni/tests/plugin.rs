@@ -68,14 +68,14 @@ fn what_the_agent_refuses_fails_and_says_why() {
 }
 
 #[test]
-fn check_asks_the_agent_with_the_netns_and_prints_nothing() {
+fn check_asks_the_agent_and_prints_nothing() {
     let node = Node::new();
     let agent = Agent::start(&node, Reply::done());
     let outcome = node.plugin("CHECK").run(&node.config(PREVIOUS));
     assert!(outcome.success && outcome.stdout.is_empty(), "{outcome:?}");
     let (request, netns) = agent.request();
-    assert_eq!(request.command, 2);
-    assert!(netns.is_some());
+    assert_eq!((request.command, &*request.pod_uid), (2, "uid-1"));
+    assert!(netns.is_none(), "only ADD carries one");
 
     let node = Node::new();
     let _agent = Agent::start(&node, Reply::error("the rule is missing", false));
