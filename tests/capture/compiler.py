@@ -1,4 +1,4 @@
-"""Compiles BPF objects that only tests need."""
+"""Compiles what only tests need."""
 
 from __future__ import annotations
 
@@ -17,5 +17,14 @@ def compile_bpf(source: Path, into: Path) -> Path:
     includes = [f"/usr/include/{platform.machine()}-linux-gnu", str(BUILD / "gen"), str(_BPF / "include")]
     command = ["clang", "-O2", "-g", "-target", "bpf", "-mcpu=v3", *(f"-I{path}" for path in includes)]
     done = subprocess.run([*command, "-c", str(source), "-o", str(result)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return result
+
+
+def compile_library(source: Path, into: Path) -> Path:
+    """A shared library of a .c file."""
+    result = into / (source.stem + ".so")
+    command = ["clang", "-O2", "-shared", "-fPIC", "-pthread", "-Wall", "-Werror", str(source), "-o", str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return result

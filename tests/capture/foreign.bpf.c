@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
-/* Another project's programs in the pods' connect hooks: SERVICE:SERVICE_PORT becomes BACKEND:BACKEND_PORT. */
+/* Another project's programs in the pods' connect hooks: SERVICE:SERVICE_PORT becomes BACKEND:BACKEND_PORT.
+ */
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_endian.h>

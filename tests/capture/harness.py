@@ -199,13 +199,16 @@ class Pod:
         accepted.settimeout(PATIENCE_S)
         return Arrival(slot, accepted, accepted.getsockname()[:2], client[:2])
 
-    def deliver(self, family: Family, client: str, port: int, source_port: int = 0) -> socket.socket:
+    def deliver(
+        self, family: Family, client: str, port: int, source_port: int = 0, patience: float = PATIENCE_S
+    ) -> socket.socket:
         """ztunnel's leg to the app: from the client's own address, by way of lo.
 
         Raises:
             OSError: the app does not listen, or does not answer.
         """
         leg = self.netns.socket(family)
+        leg.settimeout(patience)
         leg.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, marks.DELIVERY)
         leg.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         leg.setsockopt(family.level, family.transparent, 1)

@@ -54,42 +54,9 @@ class Worker:
         buffer = ctypes.create_string_buffer(data, max(length, len(data)))
         check(libc.setsockopt(self.sockets[number].fileno(), level, name, buffer, ctypes.c_uint32(length)))
 
-    def race_mark(self, number, length, mark, harmless, tries):
-        """Sets SO_MARK while another thread rewrites the value; returns the marks that were ever seen set."""
-        sock = self.sockets[number]
-        buffer = ctypes.create_string_buffer(struct.pack("=I", harmless), max(length, 4))
-        word = ctypes.c_uint32.from_buffer(buffer)
-        stop = threading.Event()
-
-        def rewrite():
-            while not stop.is_set():
-                word.value = mark
-                word.value = harmless
-
-        thread = threading.Thread(target=rewrite)
-        old = sys.getswitchinterval()
-        sys.setswitchinterval(1e-6)
-        thread.start()
-        seen = set()
-        try:
-            for _ in range(tries):
-                libc.setsockopt(sock.fileno(), socket.SOL_SOCKET, socket.SO_MARK, buffer, ctypes.c_uint32(length))
-                seen.add(sock.getsockopt(socket.SOL_SOCKET, socket.SO_MARK))
-        finally:
-            stop.set()
-            thread.join()
-            sys.setswitchinterval(old)
-        return sorted(seen)
-
-    def recv_exactly(self, number, size):
-        sock, parts = self.sockets[number], []
-        while size:
-            part = sock.recv(min(size, 1 << 20))
-            if not part:
-                break
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
+    def race_mark(self, number, library, length, forbidden, harmless, tries):
+        """race_marks() of race.c, compiled into a library."""
+        return ctypes.CDLL(library).race_marks(self.sockets[number].fileno(), length, forbidden, harmless, tries)
 
     # === requests ===
 
@@ -105,7 +72,7 @@ class Worker:
         try:
             if target is None:
                 outcome = True, getattr(self, name)(*arguments)
-            elif name in ("accept", "close", "disconnect", "set_option_long", "race_mark", "recv_exactly"):
+            elif name in ("accept", "close", "disconnect", "set_option_long", "race_mark"):
                 outcome = True, getattr(self, name)(target, *arguments)
             else:
                 outcome = True, getattr(self.sockets[target], name)(*arguments)
