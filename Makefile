@@ -76,7 +76,9 @@ rust: $(BUILD)/.bootstrap ## ztunnel and the CNI plugin
 
 .PHONY: release
 release: $(BUILD)/.bootstrap ## ztunnel and the CNI plugin as they ship
-	$(Q)cargo build --locked --release --workspace
+	$(Q)cargo build --locked --release -p ztunnel
+	$(Q)cargo build --locked --release -p undermesh-cni --config cni/.cargo/config.toml \
+	    --target "$$(rustc -vV | sed -n 's/^host: //p')"
 
 .PHONY: clean
 clean: ## remove build/

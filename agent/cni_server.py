@@ -18,6 +18,7 @@ from typing import Final, Protocol
 
 from undermesh.agent.bpf.layout import IPAddress
 from undermesh.agent.frames import FrameChannel, FrameError
+from undermesh.api.identity import ObjectKey
 from undermesh.proto import cni_pb2
 
 log = logging.getLogger(__name__)
@@ -33,11 +34,11 @@ class NotEnrolled(Exception):
 class Enroller(Protocol):
     """Enrols pods on demand."""
 
-    async def cni_add(self, uid: str, netns_fd: int, addresses: tuple[IPAddress, ...]) -> None: ...
+    async def cni_add(self, pod: ObjectKey, netns_fd: int, addresses: tuple[IPAddress, ...]) -> None: ...
 
-    async def cni_delete(self, uid: str) -> None: ...
+    async def cni_delete(self, pod: ObjectKey) -> None: ...
 
-    def cni_check(self, uid: str) -> None: ...
+    def cni_check(self, pod: ObjectKey) -> None: ...
 
 
 class CniServer:
@@ -91,10 +92,12 @@ class CniServer:
         return cni_pb2.CniAnswer()
 
     async def _obey(self, request: cni_pb2.CniRequest, fds: list[int]) -> None:
+        # By name: older runtimes leave the uid out, and for static pods it is another one than the API server's.
+        pod = ObjectKey(request.pod_namespace, request.pod_name)
         if request.command == cni_pb2.CniRequest.ADD:
             addresses = tuple(ipaddress.ip_address(text) for text in request.addresses)
-            await self._enroller.cni_add(request.pod_uid, fds[0], addresses)
+            await self._enroller.cni_add(pod, fds[0], addresses)
         elif request.command == cni_pb2.CniRequest.DEL:
-            await self._enroller.cni_delete(request.pod_uid)
+            await self._enroller.cni_delete(pod)
         else:
-            self._enroller.cni_check(request.pod_uid)
+            self._enroller.cni_check(pod)

@@ -47,13 +47,19 @@ class SupervisorStore:
         self._channel.send(f"drop {name}".encode())
 
     def take(self) -> Mapping[str, list[int]]:
-        """Everything that is kept, as FDs of our own."""
+        """Everything that is kept, as FDs of our own.
+
+        Raises:
+            OSError: the supervisor is gone or does not answer.
+        """
         self._channel.send(b"list")
         kept: dict[str, list[int]] = {}
         while True:
             message, fds, _flags, _address = socket.recv_fds(self._channel, 512, _MAX_FDS)
-            if message == b"end" or not message:
+            if message == b"end":
                 return kept
+            if not message:
+                raise ConnectionError("the supervisor closed the FD store's channel: restart the container")
             verb, _, name = message.decode(errors="replace").partition(" ")
             if verb == "fds" and name not in kept:
                 kept[name] = fds

@@ -27,7 +27,7 @@ from undermesh.agent.settings import Settings
 from undermesh.agent.ztunnel_link import HeldPod, ZtunnelAway, ZtunnelLink
 from undermesh.api.core import Pod
 from undermesh.api.enrolment import desired_enrolment
-from undermesh.api.identity import SpiffeId, workload_uid
+from undermesh.api.identity import ObjectKey, SpiffeId, workload_uid
 from undermesh.api.objects import Objects
 
 log = logging.getLogger(__name__)
@@ -351,20 +351,20 @@ class Reconciler:
 
     # === what the CNI plugin asks ===
 
-    async def cni_add(self, uid: str, netns_fd: int, addresses: tuple[IPAddress, ...]) -> None:
+    async def cni_add(self, key: ObjectKey, netns_fd: int, addresses: tuple[IPAddress, ...]) -> None:
         """Enrols a pod whose namespace was made just now, if it is to be; returns once it is captured.
 
         Raises:
             NotEnrolled: it is to be enrolled and cannot be, or it is not known yet.
         """
-        pod = await self._await_pod(uid)
+        pod = await self._await_pod(key)
+        uid = pod.metadata.uid
         if not self._facts(pod, self._objects()).enrolled:
             return
         self._cni_addresses[uid] = addresses
         facts = self._facts(pod, self._objects())
         worker = self._workers.get(uid)
-        inode = netns.inode(netns_fd)
-        if worker is not None and worker.kernel.record.netns_inode != inode:
+        if worker is not None and worker.kernel.record.netns_inode != netns.inode(netns_fd):
             await worker.abandon()
             worker = None
         try:
@@ -374,38 +374,37 @@ class Reconciler:
                 await worker.captured.wait()
         except TimeoutError:
             assert worker is not None  # made above
-            raise NotEnrolled(f"pod {pod.metadata.key} is not enrolled yet: {worker.reason}") from None
+            raise NotEnrolled(f"pod {key} is not enrolled yet: {worker.reason}") from None
         except (NetnsError, BpfError) as e:
-            raise NotEnrolled(f"pod {pod.metadata.key} cannot be enrolled: {e}") from e
+            raise NotEnrolled(f"pod {key} cannot be enrolled: {e}") from e
 
-    async def cni_delete(self, uid: str) -> None:
+    async def cni_delete(self, key: ObjectKey) -> None:
         """Lets go of a pod's namespace, which is about to be removed."""
-        self._cni_addresses.pop(uid, None)
-        worker = self._workers.get(uid)
-        if worker is not None:
-            await worker.abandon()
+        for uid, worker in list(self._workers.items()):
+            if (worker.facts.namespace, worker.facts.name) == key:
+                self._cni_addresses.pop(uid, None)
+                await worker.abandon()
 
-    def cni_check(self, uid: str) -> None:
+    def cni_check(self, key: ObjectKey) -> None:
         """Raises NotEnrolled if a pod should be captured and is not."""
-        pod = self._pod(uid)
-        worker = self._workers.get(uid)
-        wanted = pod is not None and self._facts(pod, self._objects()).enrolled
-        if wanted and (worker is None or not worker.captured.is_set()):
+        pod = self._objects().pods.get(key)
+        if pod is None or not self._facts(pod, self._objects()).enrolled:
+            return
+        worker = self._workers.get(pod.metadata.uid)
+        if worker is None or not worker.captured.is_set():
             reason = worker.reason if worker else "the agent has not seen its namespace"
-            raise NotEnrolled(f"pod {uid} is not captured: {reason}")
+            raise NotEnrolled(f"pod {key} is not captured: {reason}")
 
-    def _pod(self, uid: str) -> Pod | None:
-        pods = self._objects().pods_on(self._settings.node)
-        return next((pod for pod in pods if pod.metadata.uid == uid), None)
-
-    async def _await_pod(self, uid: str) -> Pod:
+    async def _await_pod(self, key: ObjectKey) -> Pod:
         """The kubelet may be ahead of our watch."""
         deadline = asyncio.get_running_loop().time() + _CNI_OBJECT_WAIT_S
-        while (pod := self._pod(uid)) is None:
+        while True:
+            pod = self._objects().pods.get(key)
+            if pod is not None and pod.spec.node_name == self._settings.node:
+                return pod
             if asyncio.get_running_loop().time() > deadline:
-                raise NotEnrolled(f"pod {uid} is not known on node {self._settings.node}: is the API server reached?")
+                raise NotEnrolled(f"pod {key} is not known on node {self._settings.node}: is the API server reached?")
             await asyncio.sleep(0.05)
-        return pod
 
     # === for status, and the end ===
 
