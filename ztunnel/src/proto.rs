@@ -6,6 +6,7 @@ pub mod node {
 }
 
 /// Workloads and services.
+#[allow(clippy::large_enum_variant, reason = "generated; decoded and dropped at once")]
 pub mod workload {
     include!(concat!(env!("OUT_DIR"), "/istio.workload.rs"));
 }

@@ -185,3 +185,67 @@ pub fn raise_file_limit() {
         tracing::warn!(%error, "cannot raise the limit on open files: run with a higher hard limit (ulimit -Hn)");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    /// A new namespace with `lo` up, or `None` without the right to make one.
+    #[allow(deprecated, reason = "unshare is safe: files and file system stay shared")]
+    fn new_netns() -> Option<Netns> {
+        use rustix::thread::{UnshareFlags, unshare};
+
+        let made = std::thread::spawn(|| {
+            unshare(UnshareFlags::NEWNET)?;
+            assert!(Command::new("ip").args(["link", "set", "lo", "up"]).status()?.success());
+            Netns::current()
+        });
+        match made.join().unwrap() {
+            Ok(netns) => Some(netns),
+            Err(error) => {
+                eprintln!("skipped, needs root: {error}");
+                None
+            }
+        }
+    }
+
+    #[test]
+    fn sockets_belong_to_the_pods_namespace_and_the_thread_returns() {
+        let Some(netns) = new_netns() else { return };
+        let (home, sockets) = (Netns::current().unwrap(), PodSockets::new().unwrap());
+        assert_ne!(netns.inode(), home.inode());
+        let inside = sockets.inside(&netns, || Netns::current().map(|netns| netns.inode())).unwrap();
+        assert_eq!(inside, netns.inode());
+        assert_eq!(Netns::current().unwrap().inode(), home.inode());
+
+        let panicked = std::panic::catch_unwind(|| sockets.inside::<()>(&netns, || panic!("on purpose")));
+        assert!(panicked.is_err());
+        assert_eq!(Netns::current().unwrap().inode(), home.inode(), "a panic leaked the namespace");
+    }
+
+    #[tokio::test]
+    async fn outbound_and_delivery_sockets_carry_their_marks() {
+        let Some(netns) = new_netns() else { return };
+        let sockets = PodSockets::new().unwrap();
+        for address in ["192.0.2.1", "2001:db8::1"] {
+            let address: IpAddr = address.parse().unwrap();
+            let outbound = sockets.outbound(&netns, address).unwrap();
+            assert_eq!(SockRef::from(&outbound).mark().unwrap(), marks::BYPASS);
+            let delivery = sockets.delivery(&netns, address).unwrap();
+            assert_eq!(SockRef::from(&delivery).mark().unwrap(), marks::DELIVERY);
+            // A foreign address can be bound: the namespace has none at all.
+            delivery.bind(SocketAddr::new(address, 2000)).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_address_that_no_interface_has_is_missing() {
+        let Some(netns) = new_netns() else { return };
+        let sockets = PodSockets::new().unwrap();
+        assert!(!sockets.has_address(&netns, "192.0.2.1".parse().unwrap()).unwrap());
+        let home = Netns::current().unwrap();
+        assert!(sockets.has_address(&home, "127.0.0.1".parse().unwrap()).unwrap());
+    }
+}

@@ -1,6 +1,10 @@
 //! What the control plane says about the cluster: workloads, services and policies, decoded once.
 
 mod service;
+#[cfg(test)]
+pub mod testing;
+#[cfg(test)]
+mod tests;
 mod workload;
 
 pub use service::{Scope, Service, ServiceMode};

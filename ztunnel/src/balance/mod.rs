@@ -1,5 +1,8 @@
 //! Choice of an endpoint of a service.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     net::{IpAddr, SocketAddr},
     sync::Arc,

@@ -1,5 +1,8 @@
 //! Where a pod's outbound connection goes. Pure: no I/O, no clock.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     net::{IpAddr, SocketAddr},
     sync::Arc,

@@ -1,0 +1,142 @@
+//! Istio's catalogue of outbound requests (reference 5.5), as far as it applies.
+
+use super::*;
+use crate::{
+    proto::workload as wds,
+    state::testing::{Build, endpoint, ip, pod, port, range, service, uid},
+};
+
+const OWN: [&str; 2] = ["10.0.0.1", "fd00::1"];
+
+fn world() -> World {
+    let mut world = World::default();
+    world.settings.trust_domain = "td".to_owned();
+    let plain = |workload| wds::Workload { tunnel_protocol: 0, ..workload };
+    let waypoint = || {
+        let destination = Some(wds::gateway_address::Destination::Address(range("10.0.0.9")));
+        Some(wds::GatewayAddress { destination, hbone_mtls_port: 15008 })
+    };
+    let workloads = [
+        pod("client", &OWN),
+        endpoint(pod("server", &["10.0.0.2", "fd00::2"]), "ns1/web", &[port(80, 8080)]),
+        plain(pod("legacy", &["10.0.0.3"])),
+        endpoint(plain(pod("legacy-web", &["10.0.0.4"])), "ns1/legacy", &[port(80, 8081)]),
+        wds::Workload { waypoint: waypoint(), ..pod("guarded", &["10.0.0.5"]) },
+        wds::Workload { network_mode: wds::NetworkMode::HostNetwork.into(), ..pod("host", &["192.0.2.1"]) },
+        endpoint(pod("self-web", &["10.0.0.6"]), "ns1/mixed", &[port(80, 15008)]),
+    ];
+    for workload in workloads {
+        world.put(workload).unwrap();
+    }
+    let services = [
+        service("ns1", "web", &["10.10.0.1", "fd00:10::1"]),
+        service("ns1", "legacy", &["10.10.0.2"]),
+        service("ns1", "empty", &["10.10.0.3"]),
+        wds::Service { waypoint: waypoint(), ..service("ns1", "guarded", &["10.10.0.4"]) },
+        service("ns1", "mixed", &["10.10.0.5"]),
+        wds::Service {
+            load_balancing: Some(wds::LoadBalancing {
+                mode: wds::load_balancing::Mode::Passthrough.into(),
+                ..wds::LoadBalancing::default()
+            }),
+            ..service("ns1", "outside", &["203.0.113.0/24"])
+        },
+    ];
+    for service in services {
+        world.put(service).unwrap();
+    }
+    world
+}
+
+fn route(world: &World, destination: &str) -> Route {
+    let addresses = OWN.map(ip);
+    let client = uid("client");
+    let source = Source { workload_uid: &client, namespace: "ns1", addresses: &addresses };
+    outbound(world, source, destination.parse().unwrap(), &mut fastrand::Rng::with_seed(1))
+}
+
+#[test]
+fn destinations_of_all_kinds_take_their_way() {
+    let world = world();
+    let hbone = |name: &str, peer: &str, authority: &str| {
+        format!("hbone {peer} {authority} {} spiffe://td/ns/ns1/sa/{name}-account", uid(name))
+    };
+    let rows = [
+        // Unknown, and outside.
+        ("198.51.100.1:443", "plain 198.51.100.1:443".to_owned()),
+        ("203.0.113.7:443", "plain 203.0.113.7:443".to_owned()),
+        // By the pod's address.
+        ("10.0.0.2:9999", hbone("server", "10.0.0.2:15008", "10.0.0.2:9999")),
+        ("[fd00::2]:9999", hbone("server", "[fd00::2]:15008", "[fd00::2]:9999")),
+        ("10.0.0.3:80", "plain 10.0.0.3:80".to_owned()),
+        ("192.0.2.1:80", "plain 192.0.2.1:80".to_owned()),
+        // By a service.
+        ("10.10.0.1:80", hbone("server", "10.0.0.2:15008", "10.0.0.2:8080")),
+        ("[fd00:10::1]:80", hbone("server", "[fd00::2]:15008", "[fd00::2]:8080")),
+        ("10.10.0.2:80", "plain 10.0.0.4:8081".to_owned()),
+        (
+            "10.10.0.3:80",
+            "refuse no healthy upstream for ns1/empty:80: the service has no endpoints".to_owned(),
+        ),
+        ("10.10.0.1:81", "refuse no healthy upstream for ns1/web:81: the service has no port 81".to_owned()),
+        // The pod itself.
+        ("10.0.0.1:8080", "plain 10.0.0.1:8080".to_owned()),
+        ("[fd00::1]:8080", "plain [fd00::1]:8080".to_owned()),
+    ];
+    for (destination, expected) in rows {
+        let actual = match route(&world, destination).action {
+            Action::Hbone { peer, authority, workload_uid, identity } => {
+                format!("hbone {peer} {authority} {workload_uid} {identity}")
+            }
+            Action::Plain(address) => format!("plain {address}"),
+            Action::Refuse(failure) => format!("refuse {failure}"),
+        };
+        assert_eq!(actual, expected, "{destination}");
+    }
+}
+
+#[test]
+fn the_meshs_ports_on_pods_are_refused_as_calls_of_ourselves() {
+    let world = world();
+    for port in [15001, 15006, 15008] {
+        for address in ["10.0.0.1", "10.0.0.2"] {
+            let Action::Refuse(failure) = route(&world, &format!("{address}:{port}")).action else {
+                panic!("{address}:{port} was let through");
+            };
+            assert!(failure.reason.contains("recursive"), "{failure}");
+        }
+        assert!(matches!(route(&world, &format!("198.51.100.1:{port}")).action, Action::Plain(_)));
+    }
+    assert!(matches!(route(&world, "10.10.0.5:80").action, Action::Refuse(_)));
+}
+
+#[test]
+fn a_destination_behind_a_waypoint_is_refused_and_the_reason_names_it() {
+    let world = world();
+    for (destination, named) in
+        [("10.0.0.5:80", "workload Kubernetes//Pod/ns1/guarded"), ("10.10.0.4:80", "ns1/guarded")]
+    {
+        let Action::Refuse(failure) = route(&world, destination).action else {
+            panic!("{destination} was let through");
+        };
+        assert!(failure.reason.contains(named) && failure.reason.contains("waypoint"), "{failure}");
+    }
+}
+
+#[test]
+fn a_services_endpoint_that_is_the_client_itself_is_called_directly() {
+    let mut world = world();
+    world.put(endpoint(pod("client", &OWN), "ns1/own", &[port(80, 8080)])).unwrap();
+    world.put(service("ns1", "own", &["10.10.0.6"])).unwrap();
+    assert_eq!(route(&world, "10.10.0.6:80").action, Action::Plain("10.0.0.1:8080".parse().unwrap()));
+}
+
+#[test]
+fn the_route_names_service_and_workload() {
+    let world = world();
+    let by_service = route(&world, "10.10.0.1:80");
+    assert_eq!(by_service.service.unwrap().hostname, "web");
+    assert_eq!(by_service.workload.unwrap().name, "server");
+    let unknown = route(&world, "198.51.100.1:443");
+    assert!(unknown.service.is_none() && unknown.workload.is_none());
+}
