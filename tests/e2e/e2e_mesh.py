@@ -53,6 +53,17 @@ class MeshView:
         for namespace in ENROLLED:
             self.cluster.wait_enrolled(namespace)
 
+    @contextlib.contextmanager
+    def control_plane_away(self) -> Iterator[None]:
+        """The control plane is dead inside of the block."""
+        part = self.cluster.mesh.parts.pop("controlplane")
+        part.process.kill()
+        part.process.wait()
+        try:
+            yield
+        finally:
+            self.cluster.mesh.start_control_plane()
+
     def pod_status(self, name: str) -> dict[str, Any]:
         """A pod as its agent's /v1/status shows it; empty if it does not."""
         for node in self.cluster.nodes:

@@ -19,18 +19,6 @@ DENY_OTHER = {
 }
 
 
-@contextlib.contextmanager
-def away(mesh):
-    """The control plane is dead inside of the block."""
-    part = mesh.cluster.mesh.parts.pop("controlplane")
-    part.process.kill()
-    part.process.wait()
-    try:
-        yield
-    finally:
-        mesh.cluster.mesh.start_control_plane()
-
-
 def wait_agent(mesh, node):
     """Wait until a node's agent has its ztunnel again, with every pod that is enrolled in the kernel."""
 
@@ -59,7 +47,7 @@ def check(way):
 def test_everything_goes_on_without_the_control_plane_through_restarts_of_agent_and_ztunnel(steady, pods, way):
     ping = [["ping", 0.05], ["end"], ["recv_all"]]
     with steady.policy("deny-other", DENY_OTHER), pods["far"].listening([["echo"]], 18600):
-        with away(steady):
+        with steady.control_plane_away():
             client = pods["client"].connect(pods["far"].address(4), 18600, ping)
             eventually(lambda: steady.cluster.agent_api("node1", "/v1/status"), knows_it_is_away, 10.0)
             check(way)
@@ -85,7 +73,7 @@ def test_everything_goes_on_without_the_control_plane_through_restarts_of_agent_
 
 def test_a_change_of_policy_arrives_when_the_control_plane_is_back(steady, pods, way):
     with steady.policy("flexible", DENY_OTHER) as policy:
-        with away(steady):
+        with steady.control_plane_away():
             policy.write({**DENY_OTHER, "selector": {"matchLabels": {"app": "nobody"}}})
             time.sleep(1.0)
             assert_refused(way("other", "far", 4))
@@ -150,7 +138,7 @@ def test_the_status_says_that_the_control_plane_is_away_and_that_it_is_back(stea
         checks = steady.cluster.agent_api("node1", "/v1/check")["checks"]
         return next(found for found in checks if found["name"] == "control plane")
 
-    with away(steady):
+    with steady.control_plane_away():
         assert eventually(control_plane, lambda found: not found["connected"], 10.0)["error"]
         assert not checked()["ok"] and checked()["next_step"]
     eventually(control_plane, lambda found: found["connected"], 15.0)
