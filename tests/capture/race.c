@@ -8,7 +8,7 @@
 
 struct race {
 	_Atomic uint32_t *word;
-	_Atomic int stop;
+	_Atomic int running, stop;
 	uint32_t forbidden, harmless;
 };
 
@@ -16,6 +16,7 @@ static void *rewrite(void *argument)
 {
 	struct race *race = argument;
 
+	atomic_store(&race->running, 1);
 	while (!atomic_load_explicit(&race->stop, memory_order_relaxed)) {
 		atomic_store(race->word, race->forbidden);
 		atomic_store(race->word, race->harmless);
@@ -27,7 +28,7 @@ static void *rewrite(void *argument)
 int race_marks(int fd, uint32_t length, uint32_t forbidden, uint32_t harmless, int tries)
 {
 	static _Alignas(64) char buffer[1 << 17];
-	struct race race = {(_Atomic uint32_t *)buffer, 0, forbidden, harmless};
+	struct race race = {(_Atomic uint32_t *)buffer, 0, 0, forbidden, harmless};
 	int won = 0, passed = 0;
 	pthread_t thread;
 	uint32_t mark;
@@ -35,6 +36,8 @@ int race_marks(int fd, uint32_t length, uint32_t forbidden, uint32_t harmless, i
 
 	memset(buffer, 0, sizeof(buffer));
 	pthread_create(&thread, NULL, rewrite, &race);
+	while (!atomic_load(&race.running))
+		;
 	for (int i = 0; i < tries; i++) {
 		passed += setsockopt(fd, SOL_SOCKET, SO_MARK, buffer, length) == 0;
 		size = sizeof(mark);
