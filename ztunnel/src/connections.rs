@@ -207,8 +207,7 @@ impl Registry {
     pub fn cut_pod(&self, pod: &Arc<Pod>) {
         for connection in self.list() {
             if Arc::ptr_eq(&connection.details.pod, pod) {
-                let reason = "the pod is no longer served by this ztunnel";
-                connection.cut(Failure::new(Flag::None, reason));
+                connection.cut(Failure::not_served());
             }
         }
     }

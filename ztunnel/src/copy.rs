@@ -15,7 +15,7 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use socket2::SockRef;
-use tokio::{io::Interest, net::TcpStream};
+use tokio::{io::Interest, net::TcpStream, task::coop};
 
 const MIN_READ: usize = 8 * 1024;
 const MAX_READ: usize = 256 * 1024;
@@ -90,6 +90,8 @@ async fn pump(
         meter.add(length as u64);
         writer.write(chunk).await.map_err(broken(to))?;
         reader.consumed(length);
+        // A fast pair would never leave its thread to others: reading and writing without waiting costs no budget.
+        coop::consume_budget().await;
     }
 }
 

@@ -45,6 +45,11 @@ impl Failure {
         Self { flag, reason: reason.into(), policy: None }
     }
 
+    /// The pod was removed while the connection was on its way.
+    pub fn not_served() -> Self {
+        Self::new(Flag::None, "the pod is no longer served by this ztunnel")
+    }
+
     pub fn denied(policy: Option<String>, reason: String) -> Self {
         Self { flag: Flag::Deny, reason, policy }
     }

@@ -32,7 +32,7 @@ pub async fn serve(
     let mut details = details(&app, &pod, source, destination);
     let connected = tokio::select! {
         connected = connect(&app, &pod, &details) => connected,
-        () = pod.stopped() => return,
+        () = pod.stopped() => Err(Failure::not_served()),
     };
     match connected {
         Ok(upstream) => {

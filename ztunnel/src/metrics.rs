@@ -112,10 +112,10 @@ impl Metrics {
         }
         let series = Arc::new(Series::default());
         series.pods().insert(details.pod.uid.clone());
-        if all.len() < MAX_SERIES {
-            all.insert(values, Arc::clone(&series));
-        } else {
+        if all.len() >= MAX_SERIES {
             self.lost.fetch_add(1, Relaxed);
+        } else if !details.pod.is_stopped() {
+            all.insert(values, Arc::clone(&series));
         }
         series
     }

@@ -27,7 +27,7 @@ pub async fn serve(
     let (action, mut details) = decide(&app, &pod, &trace, source, destination);
     let opened = tokio::select! {
         opened = open(&app, &pod, action, &trace, &mut details) => opened,
-        () = pod.stopped() => return,
+        () = pod.stopped() => Err(Failure::not_served()),
     };
     match opened {
         // The lease gives the stream's place on its tunnel back when the connection has ended.

@@ -170,6 +170,10 @@ impl Pod {
         self.tunnels.clear();
     }
 
+    pub fn is_stopped(&self) -> bool {
+        *self.stop.borrow()
+    }
+
     /// Resolves when the pod is no longer served.
     pub async fn stopped(&self) {
         // Fails only without a sender, and `self` holds it.

@@ -3,7 +3,9 @@
 mod support;
 
 use std::{
+    net::SocketAddr,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
     time::Duration,
 };
 
@@ -13,6 +15,7 @@ use tokio::{
     time::timeout,
 };
 use ztunnel::{
+    http,
     proto::node::{AgentHello, DumpKind, Listener, agent_frame::Body, dump_reply},
     state::ADDRESS_TYPE,
 };
@@ -180,6 +183,59 @@ async fn what_cannot_be_applied_is_answered_with_the_object_and_the_cause() {
     let hello = AgentHello { version: 2, trust_domain: "cluster.local".to_owned(), ..AgentHello::default() };
     let error = node.apply(Body::Hello(hello)).await.unwrap_err();
     assert!(error.contains("version 2"), "{error}");
+}
+
+async fn get(address: SocketAddr, path: &str) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    timeout(WAIT, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+    answer
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readiness_comes_with_the_first_snapshot_and_stays() {
+    let mut node = Node::start().await;
+    let listener = http::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = tokio::spawn(http::serve(Arc::clone(&node.app), listener));
+    assert!(get(address, "/healthz/ready").await.starts_with("HTTP/1.1 503 "));
+    node.snapshot_end().await;
+    assert!(get(address, "/healthz/ready").await.starts_with("HTTP/1.1 200 "));
+    node.hang_up();
+    assert!(get(address, "/healthz/ready?verbose").await.starts_with("HTTP/1.1 200 "));
+    assert!(get(address, "/other").await.starts_with("HTTP/1.1 404 "));
+    // An old and a new ztunnel answer side by side.
+    http::bind(address).unwrap();
+    server.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_carry_istios_names_and_go_with_the_pod() {
+    let (mut node, app) = two_pods().await;
+    let (mut client, mut server) = connection(&node, &app).await;
+    client.write_all(b"12345").await.unwrap();
+    server.read_exact(&mut [0; 5]).await.unwrap();
+    let text = node.app.metrics.render(&node.app);
+    for (name, value) in [("connections_opened", 1), ("connections_closed", 0), ("sent_bytes", 5)] {
+        for reporter in ["source", "destination"] {
+            let found = text.lines().any(|line| {
+                line.starts_with(&format!("istio_tcp_{name}_total{{reporter=\"{reporter}\""))
+                    && line.contains("source_principal=\"spiffe://cluster.local/ns/shop/sa/client\"")
+                    && line.contains("destination_workload=\"server\"")
+                    && line.contains("connection_security_policy=\"mutual_tls\"")
+                    && line.ends_with(&format!("response_flags=\"-\"}} {value}"))
+            });
+            assert!(found, "{name} {reporter}: {text}");
+        }
+    }
+    node.remove_pod("client").await;
+    let text = node.app.metrics.render(&node.app);
+    assert!(!text.contains("reporter=\"source\""), "{text}");
+    assert!(text.contains("reporter=\"destination\""));
+    node.remove_pod("server").await;
+    node.access_log(2).await;
+    assert!(!node.app.metrics.render(&node.app).contains("reporter="));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -193,6 +193,21 @@ async fn without_a_usable_certificate_nothing_leaves_or_enters() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_proves_another_identity_than_its_workloads_gets_nothing() {
+    let (mut node, app) = two_pods().await;
+    let mut workload = endpoint_of("web", node.workload("server", 2));
+    workload.service_account = "somebody-else".to_owned();
+    node.upsert_workload(workload).await;
+    refused(&node, &app).await;
+    let log = node.access_log(1).await;
+    let line = log.iter().find(|line| line["direction"] == "outbound").unwrap();
+    assert_eq!(line["response_flags"], "TLS_FAILURE");
+    let error = line["error"].as_str().unwrap();
+    let expected = format!("the peer is {}, expected {}", identity("server"), identity("somebody-else"));
+    assert!(error.contains(&expected), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_root_that_leaves_the_bundle_takes_its_tunnels_with_it() {
     let (mut node, app) = two_pods().await;
     let (mut client, mut server) = connection(&node, &app).await;

@@ -6,11 +6,14 @@ use std::{io::ErrorKind, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
     time::timeout,
 };
+use ztunnel::proto::node::Listener;
 
-use support::{SERVICE_PORT, WAIT, abort, connection, identity, two_pods};
+use support::{
+    APP_PORT, PodSpec, SERVICE_PORT, WAIT, abort, connection, endpoint_of, identity, listening, two_pods,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn payloads_of_all_sizes_arrive_unchanged_in_both_directions() {
@@ -149,6 +152,63 @@ async fn a_closed_port_resets_the_client_at_once_and_the_log_says_why() {
         assert!(line["error"].as_str().unwrap().contains("connection refused by destination"), "{line}");
         assert_eq!(line["response_flags"], "CONNECT");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_outside_the_mesh_gets_plain_tcp_with_the_same_manners() {
+    let (mut node, _app) = two_pods().await;
+    let mut legacy = endpoint_of("legacy", node.workload("legacy", 3));
+    legacy.tunnel_protocol = 0;
+    node.upsert_workload(legacy).await;
+    node.upsert_service("legacy", 101).await;
+    let dialled = node.socket(101, SERVICE_PORT);
+    let spec =
+        PodSpec { name: "caller", host: 4, listeners: vec![(Listener::OutboundV4, listening(dialled))] };
+    node.add_pod(&spec).await;
+    let app = TcpListener::bind(node.socket(3, APP_PORT)).await.unwrap();
+
+    let mut client = TcpStream::connect(dialled).await.unwrap();
+    let (mut server, _) = app.accept().await.unwrap();
+    client.write_all(&vec![3; 5 << 20]).await.unwrap();
+    client.shutdown().await.unwrap();
+    let mut got = Vec::new();
+    timeout(WAIT, server.read_to_end(&mut got)).await.unwrap().unwrap();
+    assert_eq!(got.len(), 5 << 20);
+    server.write_all(b"late answer").await.unwrap();
+    drop(server);
+    timeout(WAIT, client.read_to_end(&mut got)).await.unwrap().unwrap();
+    assert!(got.ends_with(b"late answer"));
+    let line = &node.access_log(1).await[0];
+    assert_eq!((&line["lane"], &line["dst.workload"]), (&"plain".into(), &"legacy".into()));
+    assert!(line.get("dst.identity").is_none() && line.get("src.identity").is_none(), "{line}");
+
+    let client = TcpStream::connect(dialled).await.unwrap();
+    let (mut server, _) = app.accept().await.unwrap();
+    abort(client);
+    let read = timeout(Duration::from_secs(1), server.read(&mut [0; 1])).await.unwrap();
+    assert_eq!(read.unwrap_err().kind(), ErrorKind::ConnectionReset);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_busy_connection_leaves_room_for_others_on_one_thread() {
+    let (node, app) = two_pods().await;
+    let (busy_client, busy_server) = connection(&node, &app).await;
+    let (mut sink, mut source) = (busy_server, busy_client);
+    let bulk = tokio::spawn(async move {
+        let chunk = vec![0; 1 << 20];
+        while source.write_all(&chunk).await.is_ok() {}
+    });
+    let drain = tokio::spawn(async move {
+        let mut buffer = vec![0; 1 << 20];
+        while sink.read(&mut buffer).await.is_ok_and(|count| count > 0) {}
+    });
+    let (mut client, mut server) = connection(&node, &app).await;
+    for _ in 0..50 {
+        client.write_all(b"a").await.unwrap();
+        timeout(Duration::from_secs(2), server.read_exact(&mut [0; 1])).await.unwrap().unwrap();
+    }
+    bulk.abort();
+    drain.abort();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -170,7 +170,7 @@ async fn handshake(
     let tls = timeout(CONNECT_TIMEOUT, TlsConnector::from(Arc::new(config)).connect(name, tcp))
         .await
         .map_err(|_| failure("no answer in 10 s".to_owned()))?
-        .map_err(|error| failure(error.to_string()))?;
+        .map_err(|error| failure(tls::describe(&error)))?;
     if tls.get_ref().1.alpn_protocol() != Some(tls::ALPN_H2) {
         return Err(failure("the peer did not choose h2".to_owned()));
     }

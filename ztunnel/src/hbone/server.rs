@@ -54,7 +54,7 @@ pub async fn serve(app: Arc<App>, pod: Arc<Pod>, tcp: TcpStream, address: Socket
     let started = Instant::now();
     let authenticated = tokio::select! {
         authenticated = authenticate(&app, &pod, tcp) => authenticated,
-        () = pod.stopped() => return,
+        () = pod.stopped() => Err(Failure::not_served()),
     };
     let (tls, identity, chain) = match authenticated {
         Ok(authenticated) => authenticated,
@@ -94,7 +94,7 @@ async fn authenticate(app: &App, pod: &Pod, tcp: TcpStream) -> Result<Authentica
     let tls = timeout(CONNECT_TIMEOUT, TlsAcceptor::from(config).accept(tcp))
         .await
         .map_err(|_| tls_failure("not finished in 10 s".to_owned()))?
-        .map_err(|error| tls_failure(error.to_string()))?;
+        .map_err(|error| tls_failure(tls::describe(&error)))?;
     if tls.get_ref().1.alpn_protocol() != Some(tls::ALPN_H2) {
         return Err(tls_failure("the peer does not speak h2".to_owned()));
     }
@@ -187,7 +187,7 @@ async fn serve_stream(
     let mut details = details(&app.world(), &client, &request);
     let prepared = tokio::select! {
         prepared = prepare(&app, &client, &request, &mut details) => prepared,
-        () = client.pod.stopped() => return,
+        () = client.pod.stopped() => Err(Refusal(StatusCode::SERVICE_UNAVAILABLE, Failure::not_served())),
     };
     let app_stream = match prepared {
         Ok(stream) => stream,
@@ -202,7 +202,8 @@ async fn serve_stream(
             connections::run(&app, details, source, destination).await;
         }
         Err(error) => {
-            let failure = Failure::new(Flag::None, format!("the peer gave up: {error}"));
+            tracing::debug!(%error, "cannot answer");
+            let failure = Failure::new(Flag::None, "source: gone before the destination was reached");
             connections::refused(&app, &details, &failure);
         }
     }

@@ -6,7 +6,7 @@ mod store;
 mod verify;
 
 pub use store::{CertificateInfo, Credentials, Invalid, Unusable};
-pub use verify::peer_identity;
+pub use verify::{describe, peer_identity};
 
 use std::sync::{Arc, LazyLock};
 

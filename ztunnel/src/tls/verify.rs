@@ -1,6 +1,6 @@
 //! Verification of peers: a chain to the trust bundle and one SPIFFE id, no host names.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore,
@@ -80,6 +80,15 @@ pub fn verify_chain(chain: &[CertificateDer<'_>], roots: &RootCertStore) -> Resu
     let leaf = ParsedCertificate::try_from(leaf)?;
     let algorithms = provider().signature_verification_algorithms.all;
     verify_server_cert_signed_by_trust_anchor(&leaf, roots, intermediates, UnixTime::now(), algorithms)
+}
+
+/// A failed handshake in words: our own reason for refusing a peer, if that is the cause.
+pub fn describe(error: &io::Error) -> String {
+    let cause = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
+    match cause {
+        Some(Error::InvalidCertificate(CertificateError::Other(OtherError(ours)))) => ours.to_string(),
+        _ => error.to_string(),
+    }
 }
 
 fn refused(error: BadPeer) -> Error {
