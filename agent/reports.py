@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import grpc
@@ -126,9 +126,8 @@ class Reporter:
     async def _stream(self) -> None:
         sent: dict[int, int] = {}  # sequence of this stream -> number
         async with self._control.channel() as channel:
-            call = report_pb2_grpc.ReportsStub(channel).Report(
-                self._reports(sent.__setitem__), metadata=self._control.metadata()
-            )
+            call = report_pb2_grpc.ReportsStub(channel).Report(None, metadata=self._control.metadata())
+            sender = asyncio.create_task(self._send(call, sent.__setitem__), name="reports")
             try:
                 await call.wait_for_connection()
                 self._connected = True
@@ -136,15 +135,22 @@ class Reporter:
                     self._answered(answer.published_sequence, sent)
             finally:
                 call.cancel()
+                sender.cancel()
+                # Why the stream ended is what receiving raises.
+                await asyncio.gather(sender, return_exceptions=True)
 
-    async def _reports(self, note: Callable[[int, int], None]) -> AsyncIterator[report_pb2.NodeReport]:
+    async def _send(
+        self,
+        call: grpc.aio.StreamStreamCall[report_pb2.NodeReport, report_pb2.ReportAnswer],
+        note: Callable[[int, int], None],
+    ) -> None:
         sequence = 0
         sent = 0
         while True:
             if self._number > sent:
                 sequence, sent = sequence + 1, self._number
                 note(sequence, sent)
-                yield self._report(sequence)
+                await call.write(self._report(sequence))
             self._changed.clear()
             if self._number == sent:
                 await self._changed.wait()

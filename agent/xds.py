@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,12 +140,16 @@ class XdsClient:
             )
         async with self._control.channel() as channel:
             call = discovery_pb2_grpc.AggregatedDiscoveryServiceStub(channel).DeltaAggregatedResources(
-                _drain(requests), metadata=self._control.metadata()
+                None, metadata=self._control.metadata()
             )
+            sender = asyncio.create_task(_send(call, requests), name="xDS requests")
             try:
                 await self._receive(call, requests)
             finally:
                 call.cancel()
+                sender.cancel()
+                # Why the stream ended is what receiving raises.
+                await asyncio.gather(sender, return_exceptions=True)
 
     async def _receive(
         self,
@@ -232,11 +236,12 @@ class XdsClient:
             await asyncio.to_thread(self._state.save, self._file, content)
 
 
-async def _drain(
+async def _send(
+    call: grpc.aio.StreamStreamCall[discovery_pb2.DeltaDiscoveryRequest, discovery_pb2.DeltaDiscoveryResponse],
     requests: asyncio.Queue[discovery_pb2.DeltaDiscoveryRequest],
-) -> AsyncIterator[discovery_pb2.DeltaDiscoveryRequest]:
+) -> None:
     while True:
-        yield await requests.get()
+        await call.write(await requests.get())
 
 
 def _refuse(answer: discovery_pb2.DeltaDiscoveryRequest, reason: str) -> None:
