@@ -10,6 +10,7 @@ Environment:
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from undermesh.lab.cluster import Cluster
 HERE = Path(__file__).parent
 MESH = os.environ.get("UNDERMESH_E2E_MESH", "1") != "0"
 ENROLLED = ("mesh", "second", "flap")
+UNFORESEEN = re.compile(r"Traceback|panicked|never retrieved|was destroyed|unforeseen|RuntimeError")
 
 WayMaker = Callable[..., Way]
 
@@ -47,6 +49,13 @@ def cluster() -> Iterator[Cluster]:
             for namespace in ENROLLED:
                 running.wait_enrolled(namespace, 30)
         yield running
+        unforeseen = [
+            f"{log.name}: {line}"
+            for log in sorted(running.logs.glob("*.log"))
+            for line in log.read_text(errors="replace").splitlines()
+            if UNFORESEEN.search(line)
+        ]
+    assert not unforeseen, f"the logs of the parts have what nobody foresaw: {unforeseen[:10]}"
 
 
 @pytest.fixture(scope="session")

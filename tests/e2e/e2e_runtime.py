@@ -7,6 +7,7 @@ import dataclasses
 import os
 import signal
 import uuid
+from collections.abc import Callable
 
 from e2e_pods import Pod, eventually
 
@@ -44,17 +45,21 @@ class Runtime:
         self._files[name] = (cluster.source.path / f"{name}.yaml").read_text()
         cluster.source.remove(f"{name}.yaml")
 
-    def make_again(self, name: str, account: str) -> Pod:
-        """The deleted pod's successor: same name and addresses, another uid and service account."""
+    def make_again(self, name: str, account: str, before_start: Callable[[], None] = lambda: None) -> Pod:
+        """The deleted pod's successor: same name and addresses, another uid and service account.
+
+        `before_start` is called when its object and its netns are there, and none of its processes.
+        """
         cluster, old = self._cluster, self._cluster.manifest.pod(name)
         new = dataclasses.replace(old, uid=str(uuid.uuid4()), service_account=account)
         pods = tuple(new if other is old else other for other in cluster.manifest.pods)
         cluster.manifest = dataclasses.replace(cluster.manifest, pods=pods)
         self._make_network(name)
-        cluster.spawn(name, ["sleep", "infinity"], container="pause")
         text = self._files.pop(name).replace(old.uid, new.uid)
         was, becomes = (f"serviceAccountName: {one}" for one in (old.service_account, account))
         cluster.write(f"{name}.yaml", text.replace(was, becomes))
+        before_start()
+        cluster.spawn(name, ["sleep", "infinity"], container="pause")
         self._pods[name] = Pod.start(cluster, name)
         return self._pods[name]
 
