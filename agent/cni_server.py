@@ -34,7 +34,7 @@ class NotEnrolled(Exception):
 class Enroller(Protocol):
     """Enrols pods on demand."""
 
-    async def cni_add(self, pod: ObjectKey, netns_fd: int, addresses: tuple[IPAddress, ...]) -> None: ...
+    async def cni_add(self, pod: ObjectKey, uid: str, netns_fd: int, addresses: tuple[IPAddress, ...]) -> None: ...
 
     async def cni_delete(self, pod: ObjectKey) -> None: ...
 
@@ -92,11 +92,10 @@ class CniServer:
         return cni_pb2.CniAnswer()
 
     async def _obey(self, request: cni_pb2.CniRequest, fds: list[int]) -> None:
-        # By name: older runtimes leave the uid out, and for static pods it is another one than the API server's.
         pod = ObjectKey(request.pod_namespace, request.pod_name)
         if request.command == cni_pb2.CniRequest.ADD:
             addresses = tuple(ipaddress.ip_address(text) for text in request.addresses)
-            await self._enroller.cni_add(pod, fds[0], addresses)
+            await self._enroller.cni_add(pod, request.pod_uid, fds[0], addresses)
         elif request.command == cni_pb2.CniRequest.DEL:
             await self._enroller.cni_delete(pod)
         else:

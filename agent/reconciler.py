@@ -38,6 +38,7 @@ _PASSES_PER_SCAN: Final = 4
 # Within the 9 s that the CNI server has for its answer.
 _CNI_OBJECT_WAIT_S: Final = 3.0
 _CNI_WAIT_S: Final = 5.5
+_STATIC_POD_UID: Final = "kubernetes.io/config.hash"
 
 
 class Certificates(Protocol):
@@ -106,6 +107,8 @@ class Reconciler:
         self._seen: dict[str, Observation] = {}
         self._cni_addresses: dict[str, tuple[IPAddress, ...]] = {}
         self._passes = 0
+        self._scans = 0
+        self._strays: dict[str, int] = {}  # pods outside their namespace, and the scan that first found them so
 
     def wake(self) -> None:
         self._wake.set()
@@ -225,6 +228,7 @@ class Reconciler:
         )
         if waiting or self._passes % _PASSES_PER_SCAN == 0:
             self._seen = await asyncio.to_thread(self._observe)
+            self._scans += 1
         return self._seen
 
     def _observe(self) -> dict[str, Observation]:
@@ -244,13 +248,22 @@ class Reconciler:
 
     async def _drop_gone(self, pods: Mapping[str, Pod], seen: Mapping[str, Observation]) -> None:
         for uid, worker in list(self._workers.items()):
-            now = seen.get(uid)
-            replaced = now is not None and worker.kernel.record.netns_inode not in now.namespaces
+            replaced = self._is_replaced(uid, worker, seen.get(uid))
             finished = uid in pods and pods[uid].finished
             if uid not in pods or replaced or finished:
                 reason = "its network namespace was replaced" if replaced else "it is gone"
                 log.info("pod %s/%s: %s", worker.facts.namespace, worker.facts.name, reason)
                 await worker.abandon()
+
+    def _is_replaced(self, uid: str, worker: PodWorker, now: Observation | None) -> bool:
+        """Whether two scans in a row found the pod's processes in other namespaces only.
+
+        One is not enough: a process that a runtime starts is in the pod's cgroup before it enters the namespace.
+        """
+        if now is None or worker.kernel.record.netns_inode in now.namespaces:
+            self._strays.pop(uid, None)
+            return False
+        return self._strays.setdefault(uid, self._scans) < self._scans
 
     def _adjust(self, uid: str, facts: PodFacts, pod: Pod, seen: Observation | None) -> None:
         worker = self._workers.get(uid)
@@ -317,6 +330,7 @@ class Reconciler:
         if watch is not None:
             watch.close()
         self._records.pop(uid, None)
+        self._strays.pop(uid, None)
         self.wake()
 
     def _forget_records(self, pods: Mapping[str, Pod]) -> None:
@@ -351,13 +365,16 @@ class Reconciler:
 
     # === what the CNI plugin asks ===
 
-    async def cni_add(self, key: ObjectKey, netns_fd: int, addresses: tuple[IPAddress, ...]) -> None:
+    async def cni_add(self, key: ObjectKey, runtime_uid: str, netns_fd: int, addresses: tuple[IPAddress, ...]) -> None:
         """Enrols a pod whose namespace was made just now, if it is to be; returns once it is captured.
+
+        Args:
+            runtime_uid: the pod's uid as the container runtime has it; empty: it does not say.
 
         Raises:
             NotEnrolled: it is to be enrolled and cannot be, or it is not known yet.
         """
-        pod = await self._await_pod(key)
+        pod = await self._await_pod(key, runtime_uid)
         uid = pod.metadata.uid
         if not self._facts(pod, self._objects()).enrolled:
             return
@@ -395,12 +412,12 @@ class Reconciler:
             reason = worker.reason if worker else "the agent has not seen its namespace"
             raise NotEnrolled(f"pod {key} is not captured: {reason}")
 
-    async def _await_pod(self, key: ObjectKey) -> Pod:
-        """The kubelet may be ahead of our watch."""
+    async def _await_pod(self, key: ObjectKey, runtime_uid: str) -> Pod:
+        """The kubelet may be ahead of our watch, which then still has the pod's predecessor of the same name."""
         deadline = asyncio.get_running_loop().time() + _CNI_OBJECT_WAIT_S
         while True:
             pod = self._objects().pods.get(key)
-            if pod is not None and pod.spec.node_name == self._settings.node:
+            if pod is not None and pod.spec.node_name == self._settings.node and _is_known_as(pod, runtime_uid):
                 return pod
             if asyncio.get_running_loop().time() > deadline:
                 raise NotEnrolled(f"pod {key} is not known on node {self._settings.node}: is the API server reached?")
@@ -427,3 +444,8 @@ class Reconciler:
         for watch in self._watches.values():
             watch.close()
         self._watches.clear()
+
+
+def _is_known_as(pod: Pod, runtime_uid: str) -> bool:
+    """A static pod's uid is the kubelet's own; the API server has it as an annotation. Old runtimes give none."""
+    return runtime_uid in ("", pod.metadata.uid, pod.metadata.annotations.get(_STATIC_POD_UID))
