@@ -12,6 +12,7 @@ import sys
 from undermesh.agent.bpf.libbpf import BpfError
 from undermesh.agent.node_agent import MachineUnfit, NodeAgent
 from undermesh.agent.settings import EXIT_UNAVAILABLE, parse
+from undermesh.api.problems import InputError
 
 log = logging.getLogger("undermesh.agent")
 
@@ -31,6 +32,9 @@ def main() -> int:
         return EXIT_UNAVAILABLE
     except BpfError as e:
         log.error("the kernel refused a part of undermesh: %s", e)
+        return EXIT_UNAVAILABLE
+    except InputError as e:
+        log.error("--source: %s", e)
         return EXIT_UNAVAILABLE
     with contextlib.suppress(asyncio.CancelledError):
         asyncio.run(_run(agent))

@@ -20,6 +20,7 @@ from undermesh.agent.control import ControlPlane, ControlPlaneSettings
 from undermesh.agent.enrolled_namespaces import EnrolledNamespaces
 from undermesh.agent.features import Check
 from undermesh.agent.node_kernel import NodeKernel
+from undermesh.agent.object_source import open_source
 from undermesh.agent.pod_kernel import KernelContext
 from undermesh.agent.pod_record import PodRecords
 from undermesh.agent.pod_states import PodStates, from_kernel
@@ -30,7 +31,6 @@ from undermesh.agent.settings import Settings
 from undermesh.agent.xds import XdsClient
 from undermesh.agent.xds_state import Batch, Resource
 from undermesh.agent.ztunnel_link import ZtunnelAway, ZtunnelLink, ZtunnelRefused
-from undermesh.api.files import FileSource
 from undermesh.api.objects import Objects
 from undermesh.proto import node_pb2 as wire
 
@@ -59,7 +59,7 @@ class NodeAgent:
             PodRecords(settings.run_dir / "pods"),
             fd_store.from_environment(os.environ),
         )
-        self._source = FileSource(settings.source)
+        self._source = open_source(settings.source, settings.node)
         self._namespaces = EnrolledNamespaces(settings.state_dir)
         self._control = ControlPlane(
             ControlPlaneSettings(settings.control_plane, settings.ca_root, settings.token, settings.control_plane_name)
@@ -235,7 +235,7 @@ class NodeAgent:
                 "objects",
                 not problems,
                 "; ".join(str(problem) for problem in problems) or "all read",
-                "mend the file: the last good state of it stands",
+                "mend what is named: the last good state of it stands",
             )
         )
         failing = [view for view in self.pods() if view.desired and view.state is not State.ENROLLED]

@@ -11,6 +11,8 @@ from typing import Final, NoReturn
 
 from undermesh.agent import cgroups
 from undermesh.agent.bpf.layout import LAYOUT_VERSION
+from undermesh.api import source_option
+from undermesh.api.source_option import SourceOption
 
 EXIT_USAGE: Final = 64  # sysexits.h EX_USAGE: the supervisor does not start us again
 EXIT_UNAVAILABLE: Final = 69  # EX_UNAVAILABLE: the kernel or the machine lacks something
@@ -22,7 +24,7 @@ class Settings:
 
     Attributes:
         node: the Kubernetes node this agent serves.
-        source: directory with the objects.
+        source: where the objects come from.
         run_dir: sockets and state that a restart of the agent survives; a tmpfs.
         state_dir: what a reboot survives: the list of enrolled namespaces.
         pin_dir: our folder in bpffs.
@@ -35,7 +37,7 @@ class Settings:
     """
 
     node: str
-    source: Path
+    source: SourceOption
     run_dir: Path
     pin_dir: Path
     cgroup_root: Path
@@ -60,7 +62,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     """Reads the command line; argparse ends the process on a wrong one."""
     parser = argparse.ArgumentParser(prog="undermesh.agent", description="Enrols the pods of one node into the mesh.")
     parser.add_argument("--node", required=True, help="name of the Kubernetes node")
-    parser.add_argument("--source", type=_directory, required=True, help="directory of Kubernetes YAML files")
+    parser.add_argument("--source", type=_source, required=True, help=source_option.HELP)
     parser.add_argument("--run-dir", type=Path, default=Path("/run/undermesh"))
     parser.add_argument("--state-dir", type=Path, default=Path("/var/lib/undermesh"))
     parser.add_argument("--pin-dir", type=Path, default=Path("/sys/fs/bpf/undermesh"))
@@ -90,6 +92,13 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         self.exit(EXIT_USAGE, f"{self.prog}: {message}\n")
+
+
+def _source(text: str) -> SourceOption:
+    option = source_option.source_option(text)
+    if option.kind == "files":
+        _directory(str(option.directory))
+    return option
 
 
 def _directory(text: str) -> Path:

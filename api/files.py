@@ -82,6 +82,11 @@ class FileSource:
         """What is wrong with the files now; empty when all of them are in force."""
         return self._errors
 
+    @property
+    def blocking(self) -> tuple[Problem, ...]:
+        """All errors: a file that never was in force may hold anything."""
+        return self._errors
+
     async def watch(self) -> AsyncIterator[Objects]:
         """Yield the state at once, then whenever it changes. See `Source.watch`."""
         seen = 0

@@ -6,9 +6,10 @@ from typing import Any, Final
 
 from undermesh.api.authorization import AuthorizationPolicy
 from undermesh.api.core import Namespace, Node, Pod, Service, ServiceAccount
+from undermesh.api.endpoints import EndpointSlice
 from undermesh.api.identity import NodeName, ObjectKey, ObjectRef
 
-Object = Namespace | Node | ServiceAccount | Pod | Service | AuthorizationPolicy
+Object = Namespace | Node | ServiceAccount | Pod | Service | AuthorizationPolicy | EndpointSlice
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ KINDS: Final[Mapping[str, Kind]] = {
     "AuthorizationPolicy": Kind(
         AuthorizationPolicy, ("security.istio.io/v1", "security.istio.io/v1beta1"), namespaced=True
     ),
+    "EndpointSlice": Kind(EndpointSlice, ("discovery.k8s.io/v1",), namespaced=True),
 }
 
 
@@ -47,6 +49,7 @@ class Objects:
     pods: Mapping[ObjectKey, Pod] = field(default_factory=dict)
     services: Mapping[ObjectKey, Service] = field(default_factory=dict)
     authorization_policies: Mapping[ObjectKey, AuthorizationPolicy] = field(default_factory=dict)
+    endpoint_slices: Mapping[ObjectKey, EndpointSlice] = field(default_factory=dict)
 
     @classmethod
     def of(cls, objects: Iterable[Object]) -> "Objects":

@@ -20,6 +20,11 @@ class Source(Protocol):
         """What is wrong with the input right now; empty when all of it is in `current`."""
         ...
 
+    @property
+    def blocking(self) -> tuple[Problem, ...]:
+        """Those of `errors` without whose mending a first state must not be acted upon: it lacks policies."""
+        ...
+
     def watch(self) -> AsyncIterator[Objects]:
         """Yield the first complete state, then each state that differs from the one before, without end.
 

@@ -172,7 +172,7 @@ class ControlPlane:
         At a start there is no last good state of a broken file. To publish without it would take away its
         policies from every node; the nodes keep what they have until the file is mended.
         """
-        if problems := self._source.errors:
+        if problems := self._source.blocking:
             log.error("nothing is published until this is mended: %s", "; ".join(map(str, problems)))
             return True
         self.publisher.allow()

@@ -25,6 +25,7 @@ from undermesh.agent.settings import Settings
 from undermesh.api import core
 from undermesh.api.enrolment import MESH_LABEL
 from undermesh.api.objects import Objects
+from undermesh.api.source_option import SourceOption
 from undermesh.proto import node_pb2 as wire
 
 pytestmark = pytest.mark.root
@@ -81,7 +82,7 @@ class Bench:
     def _make(self) -> Reconciler:
         settings = Settings(
             node=NODE,
-            source=self.directory,
+            source=SourceOption("files", self.directory),
             run_dir=self.directory,
             pin_dir=self.node.pins,
             cgroup_root=self.node.root,
