@@ -43,13 +43,14 @@ class ApiError(Exception):
         self.reason = reason
         self.details = details or {}
         self.headers = dict(headers or {})
+        self.metadata: Object = {}
 
     def status(self) -> Object:
         """The Status object that goes to the client."""
         found: Object = {
             "kind": "Status",
             "apiVersion": "v1",
-            "metadata": {},
+            "metadata": self.metadata,
             "status": "Failure",
             "message": str(self),
             "reason": self.reason,

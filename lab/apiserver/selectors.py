@@ -148,13 +148,28 @@ class FieldTerm:
 
 
 _EVERYWHERE = ("metadata.name", "metadata.namespace")
-_EVENT_FIELDS = tuple(
-    f"involvedObject.{field}"
-    for field in ("kind", "namespace", "name", "uid", "apiVersion", "resourceVersion", "fieldPath")
-) + ("reason", "reportingComponent", "source", "type")
+_EVENT_FIELDS = (
+    *(
+        f"involvedObject.{field}"
+        for field in ("kind", "namespace", "name", "uid", "apiVersion", "resourceVersion", "fieldPath")
+    ),
+    "reason",
+    "reportingComponent",
+    "source",
+    "type",
+)
 FIELDS: dict[str, tuple[str, ...]] = {
-    "pods": ("spec.nodeName", "spec.restartPolicy", "spec.schedulerName", "spec.serviceAccountName",
-             "spec.hostNetwork", "status.phase", "status.podIP", "status.podIPs", "status.nominatedNodeName"),
+    "pods": (
+        "spec.nodeName",
+        "spec.restartPolicy",
+        "spec.schedulerName",
+        "spec.serviceAccountName",
+        "spec.hostNetwork",
+        "status.phase",
+        "status.podIP",
+        "status.podIPs",
+        "status.nominatedNodeName",
+    ),
     "events": _EVENT_FIELDS,
     "secrets": ("type",),
     "nodes": ("spec.unschedulable",),
@@ -166,7 +181,11 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 """What a fieldSelector may name besides metadata.name and metadata.namespace."""
 
-_ALIASES = {"source": ("source", "component"), "name": ("metadata", "name"), "status.successful": ("status", "succeeded")}
+_ALIASES = {
+    "source": ("source", "component"),
+    "name": ("metadata", "name"),
+    "status.successful": ("status", "succeeded"),
+}
 
 
 def _split_terms(text: str) -> list[str]:
