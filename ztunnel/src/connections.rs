@@ -287,7 +287,9 @@ fn register(app: &App, details: Details) -> Registered<'_> {
     });
     app.connections.open().insert(connection.number, Arc::clone(&connection));
     let details = &connection.details;
-    if details.direction == Direction::Inbound {
+    if details.pod.is_stopped() {
+        connection.cut(Failure::not_served());
+    } else if details.direction == Direction::Inbound {
         if let Err(failure) = authorise(&app.world(), &details.pod, &details.policy_view()) {
             connection.cut(failure);
         }

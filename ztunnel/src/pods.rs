@@ -164,10 +164,9 @@ impl Pod {
         Source { workload_uid: &self.workload_uid, namespace: &self.namespace, addresses: &self.addresses }
     }
 
-    /// Ends everything that serves the pod.
+    /// Ends the accepting for the pod; what is open has to be cut.
     pub fn stop(&self) {
         self.stop.send_replace(true);
-        self.tunnels.clear();
     }
 
     pub fn is_stopped(&self) -> bool {

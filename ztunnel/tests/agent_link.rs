@@ -3,6 +3,7 @@
 mod support;
 
 use std::{
+    io::ErrorKind,
     net::SocketAddr,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
@@ -139,7 +140,13 @@ async fn a_removed_pod_is_no_longer_served_and_what_it_holds_is_reset() {
         dump_reply::Body::Pods(list) => assert_eq!(list.pods.len(), 1),
         other => panic!("unexpected {other:?}"),
     }
-    assert!(TcpStream::connect(node.socket(100, SERVICE_PORT)).await.is_err(), "its listener is still open");
+    for _ in 0..100 {
+        match TcpStream::connect(node.socket(100, SERVICE_PORT)).await {
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => return,
+            _ => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+    panic!("its listener is still open");
 }
 
 #[tokio::test(flavor = "multi_thread")]

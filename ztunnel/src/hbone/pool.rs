@@ -48,12 +48,20 @@ struct Group {
 
 #[derive(Clone, Debug, Default)]
 pub struct Pool {
-    groups: Arc<Mutex<HashMap<Key, Group>>>,
+    groups: Arc<Mutex<Groups>>,
+}
+
+#[derive(Debug, Default)]
+struct Groups {
+    by_key: HashMap<Key, Group>,
+    /// The pod is no longer served: what is still in the making is of no use.
+    closed: bool,
 }
 
 enum Next {
     Lease(Lease),
     Wait(watch::Receiver<Outcome>),
+    Closed,
 }
 
 // === impl Pool ===
@@ -67,6 +75,7 @@ impl Pool {
         for _ in 0..ATTEMPTS {
             match self.next(key, generation, &make) {
                 Next::Lease(lease) => return Ok(lease),
+                Next::Closed => return Err(Failure::not_served()),
                 Next::Wait(mut outcome) => match outcome.wait_for(Option::is_some).await.as_deref() {
                     Ok(Some(Err(failure))) => return Err(failure.clone()),
                     Ok(_) => {}
@@ -81,12 +90,12 @@ impl Pool {
 
     /// Number of open tunnels.
     pub fn open(&self) -> usize {
-        self.groups().values().map(|group| group.tunnels.len()).sum()
+        self.groups().by_key.values().map(|group| group.tunnels.len()).sum()
     }
 
     /// Breaks off tunnels whose peer is no longer trusted.
     pub fn recheck(&self, trusted: impl Fn(&[CertificateDer<'static>]) -> bool) {
-        for group in self.groups().values() {
+        for group in self.groups().by_key.values() {
             group
                 .tunnels
                 .iter()
@@ -95,9 +104,11 @@ impl Pool {
         }
     }
 
-    /// Breaks off all tunnels.
-    pub fn clear(&self) {
-        for (_, group) in self.groups().drain() {
+    /// Breaks off all tunnels, for good.
+    pub fn close(&self) {
+        let mut groups = self.groups();
+        groups.closed = true;
+        for (_, group) in groups.by_key.drain() {
             group.tunnels.iter().for_each(|tunnel| tunnel.kill());
         }
     }
@@ -105,10 +116,10 @@ impl Pool {
     /// To be called when a tunnel has closed.
     pub fn forget(&self, key: &Key, tunnel: &Arc<Tunnel>) {
         let mut groups = self.groups();
-        if let Some(group) = groups.get_mut(key) {
+        if let Some(group) = groups.by_key.get_mut(key) {
             group.tunnels.retain(|other| !Arc::ptr_eq(other, tunnel));
             if group.tunnels.is_empty() && group.making.is_empty() {
-                groups.remove(key);
+                groups.by_key.remove(key);
             }
         }
     }
@@ -118,7 +129,10 @@ impl Pool {
         F: Future<Output = Result<Arc<Tunnel>, Failure>> + Send + 'static,
     {
         let mut groups = self.groups();
-        let group = groups.entry(key.clone()).or_default();
+        if groups.closed {
+            return Next::Closed;
+        }
+        let group = groups.by_key.entry(key.clone()).or_default();
         group
             .tunnels
             .iter()
@@ -156,7 +170,13 @@ impl Pool {
         tokio::spawn(async move {
             let made = making.await;
             let mut groups = pool.groups();
-            let group = groups.entry(key).or_default();
+            if groups.closed {
+                if let Ok(tunnel) = made {
+                    tunnel.kill();
+                }
+                return;
+            }
+            let group = groups.by_key.entry(key).or_default();
             group.making.retain(|other| other.as_ptr() != Arc::as_ptr(&report));
             let outcome = made.map(|tunnel| {
                 if !tunnel.is_closed() {
@@ -168,7 +188,7 @@ impl Pool {
         outcome
     }
 
-    fn groups(&self) -> MutexGuard<'_, HashMap<Key, Group>> {
+    fn groups(&self) -> MutexGuard<'_, Groups> {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

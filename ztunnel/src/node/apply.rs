@@ -101,6 +101,7 @@ pub fn remove_pod(app: &App, uid: &str) {
 fn retire(app: &App, pod: &Arc<Pod>) {
     pod.stop();
     app.connections.cut_pod(pod);
+    pod.tunnels.close();
 }
 
 fn trust(app: &App, bundle: &TrustBundle) -> Result<(), String> {
