@@ -97,6 +97,18 @@ def test_a_pod_reaches_itself_by_its_own_service(way, mesh, family):
 
 
 @every_family
+def test_a_pod_that_reaches_itself_by_its_service_meets_no_policy(steady, way, family):
+    """As without a mesh: it never left the pod."""
+    nobody = {"rules": [{"from": [{"source": {"principals": ["cluster.local/ns/none/sa/none"]}}]}], "action": "ALLOW"}
+    with steady.policy("nobody", nobody):
+        report, seen = way("client", "client", family, service="hairpin").talk(
+            [["text", "me?"], ["end"], ["recv_all"]], [["echo"]]
+        )
+    assert_clean(report, seen)
+    assert report["head"] == "me?"
+
+
+@every_family
 @pytest.mark.parametrize("pod", ["client", "outside1"], ids=["enrolled", "control"])
 @pytest.mark.parametrize("node", ["node1", "node2"], ids=["own node", "other node"])
 def test_a_pod_reaches_a_node(cluster, pods, pod, node, family):

@@ -3,12 +3,13 @@
 use std::{
     fs::OpenOptions,
     io::{self, BufWriter, Write},
+    iter,
     sync::{
         atomic::{AtomicU64, Ordering::Relaxed},
-        mpsc::{Receiver, SyncSender, TryRecvError, sync_channel},
+        mpsc::{Receiver, SyncSender, sync_channel},
     },
     thread,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use serde_json::{Map, Value};
@@ -26,8 +27,15 @@ const QUEUE: usize = 8192;
 /// Writes on a thread of its own.
 #[derive(Debug)]
 pub struct AccessLog {
-    lines: Option<SyncSender<String>>,
+    queue: Option<SyncSender<Message>>,
     lost: AtomicU64,
+}
+
+#[derive(Debug)]
+enum Message {
+    Line(String),
+    /// Answered when all lines before it are with the operating system.
+    Flush(SyncSender<()>),
 }
 
 // === impl AccessLog ===
@@ -39,14 +47,14 @@ impl AccessLog {
             "-" => Box::new(io::stdout()),
             path => Box::new(OpenOptions::new().create(true).append(true).open(path)?),
         };
-        let (lines, queue) = sync_channel(QUEUE);
-        thread::Builder::new().name("access-log".to_owned()).spawn(move || write_all(&queue, sink))?;
-        Ok(Self { lines: Some(lines), lost: AtomicU64::new(0) })
+        let (queue, messages) = sync_channel(QUEUE);
+        thread::Builder::new().name("access-log".to_owned()).spawn(move || write_all(&messages, sink))?;
+        Ok(Self { queue: Some(queue), lost: AtomicU64::new(0) })
     }
 
     /// Writes nothing.
     pub fn disabled() -> Self {
-        Self { lines: None, lost: AtomicU64::new(0) }
+        Self { queue: None, lost: AtomicU64::new(0) }
     }
 
     /// Lines that were dropped.
@@ -56,32 +64,43 @@ impl AccessLog {
 
     /// Logs a connection that has ended, or was refused.
     pub fn connection(&self, app: &App, details: &Details, copied: (u64, u64), failure: Option<&Failure>) {
-        let Some(lines) = &self.lines else { return };
+        let Some(queue) = &self.queue else { return };
         let mut line = Value::Object(fields(&app.world(), details, copied, failure)).to_string();
         line.push('\n');
-        if lines.try_send(line).is_err() {
+        if queue.try_send(Message::Line(line)).is_err() {
             self.lost.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Waits, at most so long, until what was logged so far is written.
+    pub fn flush(&self, limit: Duration) {
+        let Some(queue) = &self.queue else { return };
+        let (done, written) = sync_channel(1);
+        if queue.try_send(Message::Flush(done)).is_err() || written.recv_timeout(limit).is_err() {
+            tracing::warn!("the access log could not be written to its end");
         }
     }
 }
 
-fn write_all(queue: &Receiver<String>, sink: Box<dyn Write + Send>) {
+fn write_all(messages: &Receiver<Message>, sink: Box<dyn Write + Send>) {
     let mut sink = BufWriter::new(sink);
-    while let Ok(line) = queue.recv() {
-        let mut next = Ok(line);
-        let written = loop {
-            match next {
-                Ok(line) => {
-                    if let Err(error) = sink.write_all(line.as_bytes()) {
-                        break Err(error);
-                    }
-                }
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break sink.flush(),
+    while let Ok(first) = messages.recv() {
+        let mut flushes = Vec::new();
+        let batch = iter::once(first).chain(messages.try_iter());
+        let written = batch.map(|message| match message {
+            Message::Line(line) => sink.write_all(line.as_bytes()),
+            Message::Flush(done) => {
+                flushes.push(done);
+                Ok(())
             }
-            next = queue.try_recv();
-        };
-        if let Err(error) = written {
+        });
+        let written = written.fold(Ok(()), io::Result::and);
+        if let Err(error) = written.and_then(|()| sink.flush()) {
             tracing::error!(%error, "cannot write the access log: check the disk");
+        }
+        // Whoever asked may have given up waiting.
+        for done in flushes {
+            let _ = done.try_send(());
         }
     }
 }
@@ -115,8 +134,9 @@ fn fields(
     if let Some(service) = &details.service {
         put("dst.service", service.hostname.clone().into());
     }
-    put("bytes_sent", sent.into());
-    put("bytes_recv", received.into());
+    // As Istio counts: "sent" is the answer, what the destination sends to the source.
+    put("bytes_sent", received.into());
+    put("bytes_recv", sent.into());
     put("duration", format!("{}ms", details.started.elapsed().as_millis()).into());
     if let Some(failure) = failure {
         put("error", failure.reason.clone().into());
@@ -167,8 +187,6 @@ fn civil_from_days(days: u64) -> (u64, u64, u64) {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]

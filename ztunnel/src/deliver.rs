@@ -6,7 +6,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    time::timeout,
+};
 
 use crate::{
     app::App,
@@ -42,9 +45,19 @@ pub async fn deliver(
     Err(Failure::new(Flag::Connect, reason))
 }
 
+/// Connects to the pod's own app for the pod itself, from the pod's own address.
+pub async fn deliver_to_self(app: &App, pod: &Pod, destination: SocketAddr) -> Result<TcpStream, Failure> {
+    let connect = async { finish(app.sockets.delivery(&pod.netns, destination.ip())?, destination).await };
+    connect.await.map_err(|error| Failure::connect(&destination.to_string(), &error))
+}
+
 async fn connect(app: &App, pod: &Pod, source: SocketAddr, destination: SocketAddr) -> io::Result<TcpStream> {
     let socket = app.sockets.delivery(&pod.netns, destination.ip())?;
     socket.bind(source)?;
+    finish(socket, destination).await
+}
+
+async fn finish(socket: TcpSocket, destination: SocketAddr) -> io::Result<TcpStream> {
     let stream = timeout(CONNECT_TIMEOUT, socket.connect(destination))
         .await
         .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;

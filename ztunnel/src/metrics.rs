@@ -138,8 +138,9 @@ impl Metrics {
         let counters: [(&str, &str, Counter); 4] = [
             ("connections_opened", "Connections that were let through", |s| &s.opened),
             ("connections_closed", "Connections that have ended", |s| &s.closed),
-            ("sent_bytes", "Bytes from the source to the destination", |s| &s.sent),
-            ("received_bytes", "Bytes from the destination to the source", |s| &s.received),
+            // As Istio counts: "sent" is the answer.
+            ("sent_bytes", "Bytes from the destination to the source (the answer)", |s| &s.received),
+            ("received_bytes", "Bytes from the source to the destination (the request)", |s| &s.sent),
         ];
         for (name, help, counter) in counters {
             header(&mut out, &format!("istio_tcp_{name}_total"), help, "counter");

@@ -9,6 +9,7 @@ use crate::{
     connections::{self, Details, Direction, Lane, Peer},
     copy::Side,
     decide::{self, Action},
+    deliver::deliver_to_self,
     failure::{Failure, Flag},
     hbone::{self, Key, Trace},
     pods::Pod,
@@ -80,6 +81,10 @@ async fn open(
     match action {
         Action::Refuse(failure) => Err(failure),
         Action::Plain(address) => Ok((plain(app, pod, address, details).await?, None)),
+        Action::Own(address) => {
+            details.upstream = Some(address);
+            Ok((Side::Tcp(deliver_to_self(app, pod, address).await?), None))
+        }
         Action::Hbone { peer, authority, workload_uid, identity } => {
             let key = Key { source: pod.identity.clone(), workload_uid, peer, identity };
             let (side, lease) = tunnelled(app, pod, key, authority, trace, details).await?;

@@ -18,9 +18,6 @@ use crate::{
 /// Port of HBONE tunnels.
 pub const HBONE_PORT: u16 = 15008;
 
-/// Ports by which other meshes' proxies would be called through themselves.
-const SELF_CALL_PORTS: [u16; 3] = [15001, 15006, HBONE_PORT];
-
 /// The pod that dials.
 #[derive(Clone, Copy, Debug)]
 pub struct Source<'a> {
@@ -50,12 +47,15 @@ pub enum Action {
     },
     /// TCP as it is.
     Plain(SocketAddr),
+    /// To the dialling pod's own app. It stays inside the pod: no policy, as without a mesh.
+    Own(SocketAddr),
     Refuse(Failure),
 }
 
-/// Whether a port may not be dialled on an enrolled pod.
+/// Whether a port may not be dialled on an enrolled pod: a tunnel to the tunnel's own port would call ztunnel
+/// through itself. All other ports are the app's.
 pub fn is_self_call(port: u16) -> bool {
-    SELF_CALL_PORTS.contains(&port)
+    port == HBONE_PORT
 }
 
 /// Decides for a connection to `destination`, the address that the app dialled.
@@ -130,9 +130,8 @@ fn to_workload(world: &World, source: Source<'_>, workload: &Workload, address: 
     }
 }
 
-/// A pod's calls of itself stay inside it.
 fn to_self(address: SocketAddr) -> Action {
-    if is_self_call(address.port()) { refuse_self_call(address) } else { Action::Plain(address) }
+    if is_self_call(address.port()) { refuse_self_call(address) } else { Action::Own(address) }
 }
 
 fn refuse_self_call(address: SocketAddr) -> Action {

@@ -80,8 +80,8 @@ fn destinations_of_all_kinds_take_their_way() {
         ),
         ("10.10.0.1:81", "refuse no healthy upstream for ns1/web:81: the service has no port 81".to_owned()),
         // The pod itself.
-        ("10.0.0.1:8080", "plain 10.0.0.1:8080".to_owned()),
-        ("[fd00::1]:8080", "plain [fd00::1]:8080".to_owned()),
+        ("10.0.0.1:8080", "own 10.0.0.1:8080".to_owned()),
+        ("[fd00::1]:8080", "own [fd00::1]:8080".to_owned()),
     ];
     for (destination, expected) in rows {
         let actual = match route(&world, destination).action {
@@ -89,6 +89,7 @@ fn destinations_of_all_kinds_take_their_way() {
                 format!("hbone {peer} {authority} {workload_uid} {identity}")
             }
             Action::Plain(address) => format!("plain {address}"),
+            Action::Own(address) => format!("own {address}"),
             Action::Refuse(failure) => format!("refuse {failure}"),
         };
         assert_eq!(actual, expected, "{destination}");
@@ -96,17 +97,19 @@ fn destinations_of_all_kinds_take_their_way() {
 }
 
 #[test]
-fn the_meshs_ports_on_pods_are_refused_as_calls_of_ourselves() {
+fn the_tunnels_port_on_pods_is_refused_as_a_call_of_ourselves_and_no_other() {
     let world = world();
-    for port in [15001, 15006, 15008] {
-        for address in ["10.0.0.1", "10.0.0.2"] {
-            let Action::Refuse(failure) = route(&world, &format!("{address}:{port}")).action else {
-                panic!("{address}:{port} was let through");
-            };
-            assert!(failure.reason.contains("recursive"), "{failure}");
+    for address in ["10.0.0.1", "10.0.0.2"] {
+        let Action::Refuse(failure) = route(&world, &format!("{address}:15008")).action else {
+            panic!("{address}:15008 was let through");
+        };
+        assert!(failure.reason.contains("recursive"), "{failure}");
+        for port in [15001, 15006] {
+            let action = route(&world, &format!("{address}:{port}")).action;
+            assert!(!matches!(action, Action::Refuse(_)), "{address}:{port} is the app's");
         }
-        assert!(matches!(route(&world, &format!("198.51.100.1:{port}")).action, Action::Plain(_)));
     }
+    assert!(matches!(route(&world, "198.51.100.1:15008").action, Action::Plain(_)));
     assert!(matches!(route(&world, "10.10.0.5:80").action, Action::Refuse(_)));
 }
 
@@ -128,7 +131,7 @@ fn a_services_endpoint_that_is_the_client_itself_is_called_directly() {
     let mut world = world();
     world.put(endpoint(pod("client", &OWN), "ns1/own", &[port(80, 8080)])).unwrap();
     world.put(service("ns1", "own", &["10.10.0.6"])).unwrap();
-    assert_eq!(route(&world, "10.10.0.6:80").action, Action::Plain("10.0.0.1:8080".parse().unwrap()));
+    assert_eq!(route(&world, "10.10.0.6:80").action, Action::Own("10.0.0.1:8080".parse().unwrap()));
 }
 
 #[test]
