@@ -27,8 +27,11 @@ class Admission:
         self._addresses = addresses
         self._token_volumes = token_volumes
 
-    def decode(self, kind: Kind, body: Any, write: Write) -> Object:
-        """The body as an object of its own, checked against the schema. Raises ApiError 400."""
+    def decode(self, kind: Kind, body: Any, write: Write, *, fill: bool = True) -> Object:
+        """The body as an object of its own, checked against the schema. Raises ApiError 400.
+
+        Without `fill`, a custom resource gets no defaults: what is applied is only what the applier wrote.
+        """
         if not isinstance(body, dict):
             raise errors.bad_request("the body of the request is not an object")
         body = {"apiVersion": kind.api_version, "kind": kind.kind, **body}
@@ -43,7 +46,9 @@ class Admission:
             )
         custom = self._catalog.custom(kind)
         obj, unknown = (
-            self._decode_custom(kind, custom, body) if custom is not None else self._decode_built_in(kind, body)
+            self._decode_custom(kind, custom, body, fill=fill)
+            if custom is not None
+            else self._decode_built_in(kind, body)
         )
         if unknown and write.validation == "Strict":
             raise strict_error(kind, unknown)
@@ -57,7 +62,7 @@ class Admission:
         obj: Object = decoder.decode(body, self._catalog.node(kind))
         return obj, decoder.unknown
 
-    def _decode_custom(self, kind: Kind, custom: Custom, body: Object) -> tuple[Object, list[str]]:
+    def _decode_custom(self, kind: Kind, custom: Custom, body: Object, *, fill: bool) -> tuple[Object, list[str]]:
         unknown: list[str] = []
         metadata = Decoder(kind)
         found = metadata.decode(body.get("metadata") or {}, custom.node.child("metadata"))
@@ -65,7 +70,9 @@ class Admission:
         rest = {key: value for key, value in body.items() if key not in _SYSTEM_FIELDS}
         if not custom.preserves_unknown:
             rest = structural.prune(rest, custom.schema, "", unknown)
-        rest = structural.default(structural.drop_nulls(rest, custom.schema), custom.schema)
+        rest = structural.drop_nulls(rest, custom.schema)
+        if fill:
+            rest = structural.default(rest, custom.schema)
         return {"apiVersion": body["apiVersion"], "kind": body["kind"], "metadata": found, **rest}, unknown
 
     def namespace_accepts(self, kind: Kind, namespace: str, name: str) -> None:

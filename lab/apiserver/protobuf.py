@@ -31,7 +31,6 @@ _NUMBERS: dict[str, str] = {
     "Preconditions": "uid resourceVersion",
     "Namespace": _OBJECT,
     "NamespaceSpec": "finalizers",
-    "NamespaceStatus": "phase",
     "ConfigMap": "metadata data binaryData immutable",
     "Secret": "metadata data type stringData immutable",
     "ServiceAccount": "metadata secrets imagePullSecrets automountServiceAccountToken",
@@ -43,19 +42,19 @@ _NUMBERS: dict[str, str] = {
     "externalName externalTrafficPolicy healthCheckNodePort publishNotReadyAddresses 17:ipFamilyPolicy clusterIPs "
     "ipFamilies allocateLoadBalancerNodePorts loadBalancerClass internalTrafficPolicy trafficDistribution",
     "ServicePort": "name protocol port targetPort nodePort appProtocol",
-    "ServiceStatus": "loadBalancer conditions",
-    "LoadBalancerStatus": "ingress",
     "Deployment": _OBJECT,
     "DeploymentSpec": "replicas selector template strategy minReadySeconds revisionHistoryLimit paused "
     "9:progressDeadlineSeconds",
     "DeploymentStrategy": "type rollingUpdate",
     "RollingUpdateDeployment": "maxUnavailable maxSurge",
-    "DeploymentStatus": "observedGeneration replicas updatedReplicas availableReplicas unavailableReplicas "
-    "7:readyReplicas",
     "PodTemplateSpec": "metadata spec",
     "PodSpec": "volumes containers restartPolicy terminationGracePeriodSeconds activeDeadlineSeconds dnsPolicy "
     "nodeSelector serviceAccountName serviceAccount nodeName hostNetwork hostPID hostIPC securityContext "
-    "imagePullSecrets hostname subdomain 19:schedulerName initContainers automountServiceAccountToken",
+    "imagePullSecrets hostname subdomain affinity schedulerName initContainers automountServiceAccountToken "
+    "tolerations "
+    "hostAliases priorityClassName priority dnsConfig shareProcessNamespace readinessGates runtimeClassName "
+    "enableServiceLinks preemptionPolicy overhead topologySpreadConstraints ephemeralContainers setHostnameAsFQDN os "
+    "hostUsers",
     "PodSecurityContext": "",
     "Container": "name image command args workingDir ports env resources volumeMounts livenessProbe readinessProbe "
     "lifecycle terminationMessagePath imagePullPolicy securityContext stdin stdinOnce tty envFrom "
@@ -66,16 +65,12 @@ _NUMBERS: dict[str, str] = {
     "Job": _OBJECT,
     "JobSpec": "parallelism completions activeDeadlineSeconds selector manualSelector template backoffLimit "
     "ttlSecondsAfterFinished completionMode suspend",
-    "JobStatus": "",
     "CronJob": _OBJECT,
     "CronJobSpec": "schedule startingDeadlineSeconds concurrencyPolicy suspend jobTemplate successfulJobsHistoryLimit "
     "failedJobsHistoryLimit timeZone",
-    "CronJobStatus": "",
     "JobTemplateSpec": "metadata spec",
     "Ingress": _OBJECT,
     "IngressSpec": "defaultBackend tls rules ingressClassName",
-    "IngressStatus": "loadBalancer",
-    "IngressLoadBalancerStatus": "ingress",
     "IngressTLS": "hosts secretName",
     "IngressRule": "host *IngressRuleValue",
     "IngressRuleValue": "http",
@@ -86,8 +81,12 @@ _NUMBERS: dict[str, str] = {
     "ServiceBackendPort": "name number",
     "PodDisruptionBudget": _OBJECT,
     "PodDisruptionBudgetSpec": "minAvailable selector maxUnavailable unhealthyPodEvictionPolicy",
-    "PodDisruptionBudgetStatus": "observedGeneration disruptedPods disruptionsAllowed currentHealthy desiredHealthy "
-    "expectedPods",
+    "HorizontalPodAutoscaler": _OBJECT,
+    "HorizontalPodAutoscalerSpec": "scaleTargetRef minReplicas maxReplicas metrics",
+    "CrossVersionObjectReference": "kind name apiVersion",
+    "MetricSpec": "type 4:resource",
+    "ResourceMetricSource": "name target",
+    "MetricTarget": "type value averageValue averageUtilization",
     "Eviction": "metadata deleteOptions",
     "Role": "metadata rules",
     "ClusterRole": "metadata rules aggregationRule",
@@ -99,28 +98,21 @@ _NUMBERS: dict[str, str] = {
     "RoleRef": "apiGroup kind name",
     "ResourceQuota": _OBJECT,
     "ResourceQuotaSpec": "hard scopes",
-    "ResourceQuotaStatus": "",
     "PriorityClass": "metadata value globalDefault description preemptionPolicy",
     "TokenRequest": _OBJECT,
     "TokenRequestSpec": "audiences 3:boundObjectRef expirationSeconds",
-    "TokenRequestStatus": "token expirationTimestamp",
     "BoundObjectReference": "kind apiVersion name uid",
     "SelfSubjectReview": "metadata status",
-    "SelfSubjectReviewStatus": "userInfo",
-    "UserInfo": "",
     "SelfSubjectAccessReview": _OBJECT,
     "SelfSubjectAccessReviewSpec": "resourceAttributes nonResourceAttributes",
-    "SubjectAccessReviewStatus": "allowed reason evaluationError denied",
     "ResourceAttributes": "namespace verb group version resource subresource name",
     "NonResourceAttributes": "path verb",
     "SelfSubjectRulesReview": _OBJECT,
     "SelfSubjectRulesReviewSpec": "namespace",
-    "SubjectRulesReviewStatus": "resourceRules nonResourceRules incomplete evaluationError",
 }
 """Fields in the order of their numbers; `17:name` jumps to a number, `*Name` is a message whose fields JSON inlines."""
 
 _BYTES = frozenset({"Secret.data", "ConfigMap.binaryData"})
-_INLINE = {"IngressRuleValue": "networking_v1.IngressRuleValue"}
 
 
 def _numbered(text: str) -> dict[int, str]:
@@ -192,9 +184,9 @@ def _scalar(shape: Shape, value: int | bytes) -> Any:
         case Shape.INTEGER if isinstance(value, int):
             return _signed(value)
         case Shape.TIME:
-            seconds = _parts(value).get(1, 0)
+            seconds = _parts(value).get(1)
             return (
-                time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_signed(seconds))) if isinstance(seconds, int) else None
+                time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_signed(seconds))) if isinstance(seconds, int) else ""
             )
         case Shape.QUANTITY:
             return _text(_parts(value).get(1, b""))
@@ -208,7 +200,11 @@ def _scalar(shape: Shape, value: int | bytes) -> Any:
 
 
 def _struct(node: Node, data: bytes) -> Object:
-    name = node.name.rpartition(".")[2]
+    return _message(node, node.name.rpartition(".")[2], data)
+
+
+def _message(node: Node, name: str, data: bytes) -> Object:
+    """A message by the numbers of `name`, its fields typed by `node`."""
     table = _TABLE.get(name)
     if table is None:
         raise _Malformed(f"message {name}")
@@ -217,8 +213,11 @@ def _struct(node: Node, data: bytes) -> Object:
         key = table.get(number)
         if key is None:
             raise _Malformed(f"field {number} of {name}")
+        if key == "status":
+            # Clients that write protobuf create objects; the server makes their status.
+            continue
         if key.startswith("*"):
-            found.update(_struct(models.model(_INLINE[key[1:]]), value if isinstance(value, bytes) else b""))
+            found.update(_message(node, key[1:], value if isinstance(value, bytes) else b""))
             continue
         _put(found, key, node.child(key), value, f"{name}.{key}")
     return found

@@ -19,8 +19,10 @@ from undermesh.lab.apiserver.admission import Admission
 from undermesh.lab.apiserver.catalog import Catalog
 from undermesh.lab.apiserver.convert import from_storage, storage_api_version, storage_resource, to_storage
 from undermesh.lab.apiserver.errors import Object
+from undermesh.lab.apiserver.fieldset import FieldSet, fields_of
 from undermesh.lab.apiserver.kinds import Kind
 from undermesh.lab.apiserver.managed import APPLY, UPDATE, Manager
+from undermesh.lab.apiserver.schema import Node
 from undermesh.lab.apiserver.store import Key, Store, Stored
 from undermesh.lab.apiserver.user import Write
 
@@ -103,7 +105,8 @@ class Registry:
         old = from_storage(current.obj, kind)
         managers = managed.read(old["metadata"].get("managedFields"))
         live = {**old, "metadata": {k: v for k, v in old["metadata"].items() if k != "managedFields"}}
-        merged, managers = ssa.apply(live, applied, node, managers, by, force=write.force)
+        yielded = _client_applied(live, node) if write.manager == "kubectl" else frozenset()
+        merged, managers = ssa.apply(live, applied, node, managers, by, force=write.force, yielded=yielded)
         obj = self._admission.decode(kind, fresh(merged), Write())
         obj["metadata"]["managedFields"] = managed.write(managers)
         return self._replace(kind, current, old, obj, write, custom_needs_version=False, tracked=True), False
@@ -306,7 +309,7 @@ class Registry:
         return self._put(kind, key, obj, write)
 
     def _applied(self, kind: Kind, namespace: str, name: str, body: Object, write: Write) -> Object:
-        obj = self._admission.decode(kind, body, write)
+        obj = self._admission.decode(kind, body, write, fill=False)
         metadata = obj.setdefault("metadata", {})
         if metadata.get("managedFields"):
             raise errors.bad_request("metadata.managedFields must be nil")
@@ -363,6 +366,18 @@ class Registry:
         grace = int(obj["spec"].get("terminationGracePeriodSeconds", 30) if asked is None else asked)
         before = obj["metadata"].get("deletionGracePeriodSeconds")
         return min(grace, before) if before is not None else grace
+
+
+def _client_applied(live: Object, node: Node) -> FieldSet:
+    """What kubectl's client-side apply set: its server-side apply takes these over without a conflict."""
+    text = (live["metadata"].get("annotations") or {}).get("kubectl.kubernetes.io/last-applied-configuration")
+    if not text:
+        return frozenset()
+    try:
+        return frozenset(fields_of(msgspec.json.decode(text), node))
+    except msgspec.DecodeError:
+        # Users may put anything there; then nothing is taken over.
+        return frozenset()
 
 
 def _without_status(kind: Kind, obj: Object) -> Object:

@@ -111,11 +111,19 @@ def _only_keys(left: Any, node: Node) -> bool:
 
 
 def apply(
-    live: Object, applied: Object, node: Node, managers: Sequence[Manager], by: Manager, *, force: bool
+    live: Object,
+    applied: Object,
+    node: Node,
+    managers: Sequence[Manager],
+    by: Manager,
+    *,
+    force: bool,
+    yielded: frozenset[Path] = frozenset(),
 ) -> tuple[Object, list[Manager]]:
     """The object and its managers after `by` applied `applied` to `live`.
 
-    Raises ApiError 409 when others hold fields that would change and `force` is not set.
+    Raises ApiError 409 when others hold fields that would change and `force` is not set, unless all those
+    fields are in `yielded`.
     """
     wanted = owned(fields_of(applied, node))
     mine = next(
@@ -130,7 +138,7 @@ def apply(
         for path in sorted(manager.fields)
         if path in wanted and path in changed and path[-1][:2] not in ("k:", "v:")
     ]
-    if conflicts and not force:
+    if not force and any(conflict.path not in yielded for conflict in conflicts):
         raise conflict_error(conflicts)
     if mine is not None:
         merged = remove(merged, lost(mine.fields - wanted, others), node)

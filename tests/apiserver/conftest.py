@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+from undermesh.lab.apiserver import ApiServer, Settings
+from undermesh.lab.apiserver.kubelets import KubeletTable
+from undermesh.lab.apiserver.user import AUTHENTICATED, MASTERS, User
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from api_client import Client
+from kubectl import Kubectl, unpack
+from local_kubelet import LocalKubelet
+
+TOKENS = {
+    "admin-token": User("lab-admin", (MASTERS, AUTHENTICATED)),
+    "ann-token": User("ann", ("builders", AUTHENTICATED)),
+}
+
+
+@pytest.fixture(scope="session")
+def kubectl_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpack(tmp_path_factory.mktemp("kubectl"))
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """A module overrides this to change the server's settings."""
+    return Settings(tmp_path / "state", tokens=TOKENS)
+
+
+@pytest.fixture
+def kubelet() -> LocalKubelet:
+    return LocalKubelet()
+
+
+@pytest_asyncio.fixture
+async def server(settings: Settings, kubelet: LocalKubelet) -> AsyncIterator[ApiServer]:
+    """A server of the test's own, with one node `node-a`."""
+    table = KubeletTable()
+    table.add("node-a", kubelet)
+    async with ApiServer(settings, table) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def connect(server: ApiServer) -> AsyncIterator[Callable[[str], Client]]:
+    """Makes clients by token."""
+    async with aiohttp.ClientSession() as session:
+        yield lambda token: Client(session, server, token)
+
+
+@pytest_asyncio.fixture
+async def api(connect: Callable[[str], Client]) -> Client:
+    """An administrator's client."""
+    return connect("admin-token")
+
+
+@pytest.fixture
+def kubectl(kubectl_program: Path, server: ApiServer, tmp_path: Path) -> Kubectl:
+    """kubectl with the KUBECONFIG of an administrator."""
+    path = tmp_path / "kubeconfig"
+    path.write_text(server.admin_kubeconfig())
+    return Kubectl(kubectl_program, tmp_path, path)
