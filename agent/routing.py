@@ -1,8 +1,8 @@
 """Policy routing in a pod's netns: what must be there, what is there, and the steps between the two.
 
 Per address family (design section 3, "Capture"):
-* rules, ahead of every foreign one: CAPTURE and DELIVERY go to a table of ours; CAPTURE goes nowhere else, so
-  that a missing route fails closed; the kernel's `local` rule moves behind them, or traffic to the pod's own
+* rules, ahead of every foreign one: CAPTURE and DELIVERY go to a table of ours and nowhere else, so that a
+  missing route fails closed; the kernel's `local` rule moves behind them, or traffic to the pod's own
   address would look like fresh inbound;
 * in the table, `local default` through lo, and through every other device, which catches sockets that are
   bound to one.
@@ -29,6 +29,7 @@ DEVICE_METRIC: Final = 20  # plus the device's index: equal metrics would exclud
 CAPTURE_PREFERENCE: Final = 1
 CAPTURE_BARRIER_PREFERENCE: Final = 2
 DELIVERY_PREFERENCE: Final = 3
+DELIVERY_BARRIER_PREFERENCE: Final = 4
 LOCAL_PREFERENCE: Final = 8
 _OUR_PREFERENCES: Final = range(CAPTURE_PREFERENCE, LOCAL_PREFERENCE + 1)
 
@@ -121,6 +122,7 @@ def wanted_rules(table: int) -> tuple[Rule, ...]:
         Rule(CAPTURE_PREFERENCE, marks.CAPTURE, table),
         Rule(CAPTURE_BARRIER_PREFERENCE, marks.CAPTURE, 0, _ACTION_UNREACHABLE),
         Rule(DELIVERY_PREFERENCE, marks.DELIVERY, table),
+        Rule(DELIVERY_BARRIER_PREFERENCE, marks.DELIVERY, 0, _ACTION_UNREACHABLE),
         Rule(LOCAL_PREFERENCE, 0, _TABLE_LOCAL),
     )
 

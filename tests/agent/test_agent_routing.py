@@ -61,7 +61,7 @@ def after(state: FamilyState, steps: Steps) -> FamilyState:
 def test_a_fresh_namespace_gets_rules_ahead_of_all_and_a_route_for_every_device() -> None:
     steps = plan_present(fresh(), [POD4, POD6])
     assert steps.add_routes == (Route(LO_INDEX, POD4, LO_METRIC), Route(2, POD4, DEVICE_METRIC + 2))
-    assert [rule.priority for rule in steps.add_rules] == [1, 2, 3, 8]
+    assert [rule.priority for rule in steps.add_rules] == [1, 2, 3, 4, 8]
     assert steps.delete_rules == (Rule(0, 0, 255),)
     assert steps.table == 1338
 

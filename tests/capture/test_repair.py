@@ -97,6 +97,7 @@ DAMAGES = [
     Damage("capture rule", _delete_rule(routing.CAPTURE_PREFERENCE), ROUTING),
     Damage("barrier rule", _delete_rule(routing.CAPTURE_BARRIER_PREFERENCE), ROUTING),
     Damage("delivery rule", _delete_rule(routing.DELIVERY_PREFERENCE), ROUTING),
+    Damage("delivery barrier rule", _delete_rule(routing.DELIVERY_BARRIER_PREFERENCE), ROUTING),
     Damage("local rule", _delete_rule(routing.LOCAL_PREFERENCE), ROUTING),
     Damage("local rule back in front", lambda p, f: p.netns.ip_of(f, "rule add pref 0 lookup local"), ROUTING),
     Damage("route by lo", _delete_route("lo"), ROUTING),

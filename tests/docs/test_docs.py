@@ -57,6 +57,7 @@ def test_the_table_of_rules_has_the_agents_preferences() -> None:
         routing.CAPTURE_PREFERENCE,
         routing.CAPTURE_BARRIER_PREFERENCE,
         routing.DELIVERY_PREFERENCE,
+        routing.DELIVERY_BARRIER_PREFERENCE,
         routing.LOCAL_PREFERENCE,
     ]
 
