@@ -187,6 +187,10 @@ impl Registry {
         list
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.open().is_empty()
+    }
+
     pub fn policy_counts(&self, policy: &str) -> PolicyCounts {
         self.policies().get(policy).copied().unwrap_or_default()
     }

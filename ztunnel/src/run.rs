@@ -1,6 +1,12 @@
 //! `ztunnel run`.
 
-use std::{io, process::ExitCode, sync::Arc, thread::available_parallelism};
+use std::{
+    io,
+    process::ExitCode,
+    sync::Arc,
+    thread::available_parallelism,
+    time::{Duration, Instant},
+};
 
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -11,6 +17,9 @@ use crate::{
     http, node,
     sockets::{PodSockets, raise_file_limit},
 };
+
+/// What ending takes at most, and then writing the log.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Runs until SIGTERM or SIGINT. The agent keeps the listeners: connections that come meanwhile wait in their
 /// backlogs for the next ztunnel.
@@ -58,9 +67,22 @@ async fn serve(options: &RunOptions, app: Arc<App>) -> Result<(), String> {
     let (mut terminate, mut interrupt) = (stop(SignalKind::terminate())?, stop(SignalKind::interrupt())?);
     tracing::info!(instance = app.instance, build = env!("CARGO_PKG_VERSION"), "started");
     tokio::select! {
-        () = node::run(app, &options.agent_socket) => {}
+        () = node::run(Arc::clone(&app), &options.agent_socket) => {}
         _ = terminate.recv() => tracing::info!("SIGTERM, stopping"),
         _ = interrupt.recv() => tracing::info!("SIGINT, stopping"),
     }
+    stop_serving(&app).await;
     Ok(())
+}
+
+/// Resets what is open, as the end of the process would, but with a line in the log for each.
+async fn stop_serving(app: &App) {
+    for pod in app.pods.list() {
+        node::remove_pod(app, &pod.uid);
+    }
+    let deadline = Instant::now() + STOP_TIMEOUT;
+    while !app.connections.is_empty() && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    app.log.flush(STOP_TIMEOUT);
 }

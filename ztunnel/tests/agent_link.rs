@@ -224,7 +224,9 @@ async fn metrics_carry_istios_names_and_go_with_the_pod() {
     client.write_all(b"12345").await.unwrap();
     server.read_exact(&mut [0; 5]).await.unwrap();
     let text = node.app.metrics.render(&node.app);
-    for (name, value) in [("connections_opened", 1), ("connections_closed", 0), ("sent_bytes", 5)] {
+    for (name, value) in
+        [("connections_opened", 1), ("connections_closed", 0), ("sent_bytes", 0), ("received_bytes", 5)]
+    {
         for reporter in ["source", "destination"] {
             let found = text.lines().any(|line| {
                 line.starts_with(&format!("istio_tcp_{name}_total{{reporter=\"{reporter}\""))

@@ -139,16 +139,14 @@ async fn requests_are_answered_as_istio_answers_them() {
         (Method::CONNECT, "unknown.example.com:80".to_owned(), 400),
         (Method::GET, ours.clone(), 400),
         (Method::POST, ours, 400),
-        // Another pod's address, a service's and ztunnel's own port.
+        // Another pod's address, a service's, the tunnel's own port; nobody listens at 1 and 15001, which is the app's.
         (Method::CONNECT, node.socket(1, APP_PORT).to_string(), 400),
         (Method::CONNECT, node.socket(100, 8000).to_string(), 400),
         (Method::CONNECT, "127.0.0.1:8080".to_owned(), 400),
         (Method::CONNECT, "[fd00::2]:8080".to_owned(), 400),
-        (Method::CONNECT, node.socket(2, 15001).to_string(), 400),
-        (Method::CONNECT, node.socket(2, 15006).to_string(), 400),
+        (Method::CONNECT, node.socket(2, 15001).to_string(), 503),
         (Method::CONNECT, node.socket(2, HBONE_PORT).to_string(), 400),
         (Method::CONNECT, node.address(2).to_string(), 400),
-        // Nobody listens there.
         (Method::CONNECT, node.socket(2, 1).to_string(), 503),
     ];
     for (method, authority, expected) in rows {

@@ -100,7 +100,7 @@ async fn a_new_policy_cuts_what_it_forbids_and_nothing_else() {
     is_reset(&mut server).await;
     assert_eq!(guard(&mut node).await.cut_connections, 1);
     let log = node.access_log(2).await;
-    assert!(log.iter().any(|line| line["policy"] == "shop/guard" && line["bytes_sent"] == 1), "{log:?}");
+    assert!(log.iter().any(|line| line["policy"] == "shop/guard" && line["bytes_recv"] == 1), "{log:?}");
 
     node.remove(AUTHORIZATION_TYPE, "shop/guard").await;
     connection(&node, &app).await;

@@ -62,7 +62,7 @@ async fn the_access_log_names_both_identities_on_both_sides() {
     for line in node.access_log(2).await {
         assert_eq!(line["src.identity"], identity("client"));
         assert_eq!(line["dst.identity"], identity("server"));
-        assert_eq!((&line["bytes_sent"], &line["lane"]), (&4.into(), &"hbone".into()));
+        assert_eq!((&line["bytes_recv"], &line["lane"]), (&4.into(), &"hbone".into()));
         assert!(line.get("error").is_none(), "{line}");
     }
     assert!(node.connections().await.is_empty());

@@ -77,6 +77,8 @@ async fn connect(lease: Lease, request: Request<()>) -> Result<Stream, StreamErr
     let response = match timeout(RESPONSE_TIMEOUT, response).await {
         Ok(response) => response.map_err(error)?,
         Err(_) => {
+            // The tunnel may be dead: nobody else shall wait for it.
+            lease.tunnel.retire();
             return Err(StreamError::Failed(Failure::new(Flag::Connect, "the peer did not answer in 20 s")));
         }
     };

@@ -6,6 +6,7 @@ mod dump;
 mod frame;
 mod orphans;
 
+pub use apply::remove_pod;
 pub use frame::{FrameError, FrameStream};
 
 use std::{os::fd::AsFd, path::Path, sync::Arc, time::Duration};
