@@ -16,9 +16,9 @@ from contextlib import suppress
 
 from prometheus_client import start_http_server
 
-from undermesh.api.files import FileSource
 from undermesh.api.problems import InputError
 from undermesh.controlplane import errors, logs, options
+from undermesh.controlplane.backend import Backend, FileBackend
 from undermesh.controlplane.mesh import Translator
 from undermesh.controlplane.server import ControlPlane, Settings
 from undermesh.controlplane.translate import Settings as MeshSettings
@@ -41,28 +41,44 @@ def main() -> int:
 
 
 async def _serve(arguments: Namespace) -> int:
-    options.check_directory(arguments.source, "--source")
+    backend = _backend(arguments)
     settings = Settings(
         state=arguments.state,
         listen=arguments.listen,
         token_jwks=arguments.token_jwks,
-        token_issuer=arguments.token_issuer,
+        token_issuer=arguments.token_issuer or "",
         trust_domain=arguments.trust_domain,
         root_bundle_out=arguments.root_bundle_out,
+        reload_seconds=backend.reload_seconds,
     )
     mesh = MeshSettings(cluster=arguments.cluster, trust_domain=arguments.trust_domain)
-    server = await ControlPlane.open(settings, FileSource(arguments.source), Translator(mesh))
-    if arguments.metrics is not None:
-        _serve_metrics(server, arguments.metrics)
-    await server.start()
-    running = asyncio.create_task(server.run())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, running.cancel)
-    with suppress(asyncio.CancelledError):
-        await running
-    log.info("stopping: open streams get %.0f s", settings.stop_seconds)
-    await server.stop()
+    try:
+        server = await ControlPlane.open(
+            settings, backend.source, Translator(mesh), secrets=backend.secrets, verifier=backend.verifier
+        )
+        if arguments.metrics is not None:
+            _serve_metrics(server, arguments.metrics)
+        await server.start()
+        running = asyncio.create_task(server.run(backend.writers(server.authority)))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, running.cancel)
+        with suppress(asyncio.CancelledError):
+            await running
+        log.info("stopping: open streams get %.0f s", settings.stop_seconds)
+        await server.stop()
+    finally:
+        await backend.close()
     return os.EX_OK
+
+
+def _backend(arguments: Namespace) -> Backend:
+    if arguments.source.kind == "files":
+        options.check_directory(arguments.source.directory, "--source")
+        return FileBackend(arguments.source.directory)
+    # Loaded only where it is needed: the official client takes 10 MB.
+    from undermesh.controlplane.kubernetes.backend import KubernetesBackend
+
+    return KubernetesBackend(arguments.source.path, namespace=arguments.namespace, review_tokens=arguments.token_review)
 
 
 def _serve_metrics(server: ControlPlane, address: str) -> None:

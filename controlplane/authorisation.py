@@ -16,7 +16,7 @@ import grpc
 from undermesh.api.identity import ObjectKey
 from undermesh.controlplane import errors
 from undermesh.controlplane.cluster import Cluster
-from undermesh.controlplane.tokens import AGENT_ACCOUNT, TokenVerifier
+from undermesh.controlplane.tokens import AGENT_ACCOUNT, Verifier
 
 log = logging.getLogger(__name__)
 
@@ -33,16 +33,16 @@ class Agent:
 
 
 class Authoriser:
-    """Checks callers against the token keys and the pods that the source knows at this moment."""
+    """Checks callers by their tokens and the pods that the source knows at this moment."""
 
-    def __init__(self, verifier: TokenVerifier, cluster: Callable[[], Cluster], trust_domain: str) -> None:
+    def __init__(self, verifier: Verifier, cluster: Callable[[], Cluster], trust_domain: str) -> None:
         self._verifier = verifier
         self._cluster = cluster
         self._trust_domain = trust_domain
 
-    def agent(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> Agent:
+    async def agent(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> Agent:
         """The agent that this call's bearer token names. Raises `errors.NotAuthorised`."""
-        claims = self._verifier.verify(_bearer(metadata or ()))
+        claims = await self._verifier.claims(_bearer(metadata or ()))
         name = ObjectKey(claims.namespace, claims.pod)
         pod = self._cluster().by_name.get(name)
         if pod is None:

@@ -40,7 +40,7 @@ class CertificateService(ca_pb2_grpc.IstioCertificateServiceServicer):
         often."""
         context.set_trailing_metadata(((TIME_HEADER, f"{self._authority.now().timestamp():.3f}"),))
         try:
-            agent = self._authoriser.agent(context.invocation_metadata())
+            agent = await self._authoriser.agent(context.invocation_metadata())
         except errors.NotAuthorised as error:
             self._metrics.csrs.labels("refused").inc()
             await refuse(context, "certificate request", error)

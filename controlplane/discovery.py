@@ -163,7 +163,7 @@ def handler(hub: Hub, authoriser: Authoriser) -> grpc.GenericRpcHandler[Any, Any
         context: grpc.aio.ServicerContext[Any, bytes],
     ) -> None:
         try:
-            agent = authoriser.agent(context.invocation_metadata())
+            agent = await authoriser.agent(context.invocation_metadata())
             await hub.serve(agent, authoriser.still, requests, context)
         except errors.NotAuthorised as error:
             await refuse(context, "xDS stream", error)

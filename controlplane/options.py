@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from undermesh.api.source_option import HELP, source_option
 from undermesh.controlplane import errors
 
 
@@ -25,18 +26,36 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description="Signs workload identities and streams the state of the mesh to the agents.",
         allow_abbrev=False,
     )
-    parser.add_argument("--source", type=Path, required=True, metavar="DIR", help="Kubernetes objects as YAML files")
-    parser.add_argument("--state", type=Path, required=True, metavar="DIR", help="keys of the CA and node reports")
+    parser.add_argument("--source", type=source_option, required=True, metavar="SOURCE", help=HELP)
+    parser.add_argument("--state", type=Path, required=True, metavar="DIR", help="node reports; with files also keys")
+    parser.add_argument("--namespace", default="undermesh-system", metavar="NAME", help="of our Secrets and Lease")
     parser.add_argument("--listen", type=address, required=True, metavar="IP:PORT", help="gRPC with TLS")
     parser.add_argument("--metrics", type=address, metavar="IP:PORT", help="Prometheus metrics over HTTP")
-    parser.add_argument("--token-jwks", type=Path, required=True, metavar="FILE", help="keys of agents' tokens")
-    parser.add_argument("--token-issuer", required=True, metavar="ISS", help="issuer of agents' tokens")
+    parser.add_argument("--token-review", action="store_true", help="ask the API server whose a token is")
+    parser.add_argument("--token-jwks", type=Path, metavar="FILE", help="keys of agents' tokens")
+    parser.add_argument("--token-issuer", metavar="ISS", help="issuer of agents' tokens")
     parser.add_argument("--trust-domain", default="cluster.local", metavar="NAME")
     parser.add_argument("--cluster", default="Kubernetes", metavar="NAME", help="cluster id in workload uids")
     parser.add_argument("--root-bundle-out", type=Path, metavar="FILE", help="write the trusted roots here")
     parser.add_argument("--log-format", choices=("text", "json"), default="text")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
-    return parser.parse_args(arguments)
+    found = parser.parse_args(arguments)
+    if complaint := _token_complaint(found):
+        parser.error(complaint)
+    return found
+
+
+def _token_complaint(found: argparse.Namespace) -> str:
+    """What is wrong with the choice of who judges tokens; empty: nothing."""
+    if found.token_review:
+        if found.source.kind != "kubernetes":
+            return "--token-review needs --source kubernetes"
+        if found.token_jwks or found.token_issuer:
+            return "--token-review and --token-jwks exclude each other"
+        return ""
+    if found.token_jwks is None or not found.token_issuer:
+        return "--token-jwks and --token-issuer are required, or --token-review"
+    return ""
 
 
 def address(text: str) -> str:

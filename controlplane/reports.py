@@ -70,7 +70,7 @@ class ReportService(report_pb2_grpc.ReportsServicer):
     ) -> None:
         """Runs one node's stream."""
         try:
-            agent = self._authoriser.agent(context.invocation_metadata())
+            agent = await self._authoriser.agent(context.invocation_metadata())
         except errors.NotAuthorised as error:
             await refuse(context, "report stream", error)
         # Tells the agent that it was let in, before the first answer can be given.

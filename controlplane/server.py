@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +30,9 @@ from undermesh.controlplane.publisher import Publisher, Resources
 from undermesh.controlplane.ratelimit import RateLimit
 from undermesh.controlplane.report_book import ReportBook
 from undermesh.controlplane.reports import ANSWER_SECONDS, ReportService
-from undermesh.controlplane.secret_store import FileSecretStore
+from undermesh.controlplane.secret_store import FileSecretStore, SecretStore
 from undermesh.controlplane.serving import ServingCertificate
-from undermesh.controlplane.tokens import TokenVerifier
+from undermesh.controlplane.tokens import TokenVerifier, Verifier
 from undermesh.proto import ca_pb2_grpc, report_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ class Settings:
 
     state: Path
     listen: str
-    token_jwks: Path
-    token_issuer: str
+    token_jwks: Path | None = None
+    token_issuer: str = ""
     trust_domain: str = "cluster.local"
     root_bundle_out: Path | None = None
     csr_rate: float = 20.0  # certificate requests per node and second in the long run
@@ -74,7 +74,9 @@ class Settings:
 class ControlPlane:
     """One server. `await ControlPlane.open(...)`, `start`, then `run` until cancelled, `stop` at the end."""
 
-    def __init__(self, settings: Settings, source: Source, translate: Translate, authority: Authority) -> None:
+    def __init__(
+        self, settings: Settings, source: Source, translate: Translate, authority: Authority, verifier: Verifier
+    ) -> None:
         self.settings = settings
         self.authority = authority
         self.metrics = Metrics()
@@ -89,17 +91,36 @@ class ControlPlane:
         self._translate = translate
         self.book = ReportBook(settings.state / "reports.json", time.monotonic)
         self.publisher = Publisher(self.board, self.hub, self._compute, self.metrics)
-        verifier = TokenVerifier(settings.token_jwks, settings.token_issuer)
         self._authoriser = Authoriser(verifier, lambda: self._cluster, settings.trust_domain)
         self._serving = ServingCertificate(authority)
         self._server = self._make_server()
         authority.on_change(self._issuer_changed)
 
     @classmethod
-    async def open(cls, settings: Settings, source: Source, translate: Translate) -> ControlPlane:
-        """Loads or makes the CA and checks the settings. Raises `errors.ConfigError`."""
-        authority = await Authority.open(FileSecretStore(settings.state))
-        return cls(settings, source, translate, authority)
+    async def open(
+        cls,
+        settings: Settings,
+        source: Source,
+        translate: Translate,
+        *,
+        secrets: SecretStore | None = None,
+        verifier: Verifier | None = None,
+    ) -> ControlPlane:
+        """Loads or makes the CA and checks the settings. Raises `errors.ConfigError`.
+
+        Args:
+            settings: How it runs.
+            source: The objects.
+            translate: Objects and reports to resources.
+            secrets: Where the CA's keys are; None: in files below `Settings.state`.
+            verifier: Who judges tokens; None: the keys in `Settings.token_jwks`.
+        """
+        if verifier is None:
+            if settings.token_jwks is None:
+                raise errors.ConfigError("nothing says whose tokens are valid: give --token-jwks")
+            verifier = TokenVerifier(settings.token_jwks, settings.token_issuer)
+        authority = await Authority.open(secrets or FileSecretStore(settings.state))
+        return cls(settings, source, translate, authority, verifier)
 
     async def start(self) -> None:
         """Waits for the first complete state of the source, then listens.
@@ -122,8 +143,8 @@ class ControlPlane:
         await self._server.start()
         log.info("listening on %s, port %d", self.settings.listen, self.port)
 
-    async def run(self) -> None:
-        """Keeps everything up to date, until cancelled."""
+    async def run(self, more: Sequence[Callable[[], Awaitable[None]]] = ()) -> None:
+        """Keeps everything up to date, and does the jobs in `more` beside it, until cancelled."""
         jobs: list[Callable[[], Awaitable[None]]] = [
             self._watch,
             self._await_clean_source,
@@ -131,6 +152,7 @@ class ControlPlane:
             self._reload,
             self._serving.run,
             self._expire,
+            *more,
         ]
         async with asyncio.TaskGroup() as group:
             for job in jobs:

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -43,6 +43,13 @@ class Claims:
     node: str | None  # Kubernetes 1.30 and later put it in
 
 
+class Verifier(Protocol):
+    """Who says whose a token is."""
+
+    async def claims(self, token: str) -> Claims:
+        """The claims of a token that is valid now. Raises `errors.NotAuthorised` with the reason."""
+
+
 @dataclass(frozen=True)
 class _Key:
     key: jwt.PyJWK
@@ -58,6 +65,10 @@ class TokenVerifier:
         self._clock = clock
         self._stamp = _stamp(jwks)
         self._keys = load_keys(jwks)
+
+    async def claims(self, token: str) -> Claims:
+        """`verify`, as a `Verifier`."""
+        return self.verify(token)
 
     def verify(self, token: str) -> Claims:
         """The claims of a token that is valid now. Raises `errors.NotAuthorised` with the reason."""

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from cluster_harness import SYSTEM, Cluster, running
 from scripted_server import Server
 from source_harness import FAST, Watched
 
@@ -31,3 +32,11 @@ async def watched(api: Api) -> AsyncIterator[Watched]:
     watched = Watched(KubernetesSource.of_control_plane(api))
     yield watched
     await watched.stop()
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+    """The lab's API server with our system namespace."""
+    async with running(tmp_path) as cluster:
+        await cluster.namespace(SYSTEM)
+        yield cluster
