@@ -185,7 +185,12 @@ class ZtunnelLink:
         await self._change(wire.AgentFrame(pod_remove=wire.PodRemove(uid=uid)))
 
     async def drain_pod(self, uid: str) -> None:
-        """Asks peers to leave: their tunnels to the pod get GOAWAY and end with their last stream."""
+        """Asks peers to leave: their tunnels to the pod get GOAWAY and end with their last stream.
+
+        Adding the pod again ends it.
+        """
+        if self._session is not None:
+            self._session.served.discard(uid)
         await self._change(wire.AgentFrame(pod_drain=wire.PodDrain(uid=uid)))
 
     async def set_certificate(self, certificate: wire.Certificate) -> None:
