@@ -8,8 +8,11 @@ from undermesh.api.identity import ObjectKey
 from undermesh.api.names import Name, NamespaceName, Uid
 
 
-class Part(Struct, frozen=True, rename="camel"):
-    """Base of every struct: immutable, Kubernetes' camelCase on the outside, unknown fields ignored."""
+class Part(Struct, frozen=True, rename="camel", gc=False):
+    """Base of every struct: immutable, Kubernetes' camelCase on the outside, unknown fields ignored.
+
+    Immutable data has no cycles: the collector need not walk a cluster's objects again and again.
+    """
 
 
 class OwnerReference(Part, frozen=True):

@@ -66,4 +66,5 @@ class Objects:
 
     def pods_on(self, node: str) -> tuple[Pod, ...]:
         """The pods that are assigned to a node, by namespace and name."""
-        return tuple(pod for pod in self.pods.values() if pod.spec.node_name == node)
+        found = (pod for pod in self.pods.values() if pod.spec.node_name == node)
+        return tuple(sorted(found, key=lambda pod: pod.metadata.key))

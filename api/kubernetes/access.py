@@ -95,6 +95,8 @@ class Access:
             else:
                 path = None if self._kubeconfig is None else str(self._kubeconfig)
                 _config.load_kube_config(path, client_configuration=configuration, persist_config=False)
+                if configuration.host == _Configuration().host:
+                    raise ValueError("the cluster of its context names no server")
         # The client checks the file's form only by using it.
         except (
             kubernetes.config.ConfigException,

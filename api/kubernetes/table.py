@@ -8,7 +8,7 @@ makes the server answer with what is true now: one that lags behind cannot bring
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -16,8 +16,6 @@ from undermesh.api.decode import DecodeError
 from undermesh.api.identity import ObjectKey
 from undermesh.api.kubernetes.resources import Resource
 from undermesh.api.problems import Problem
-
-T = TypeVar("T")
 
 
 class _HeadMeta(msgspec.Struct, rename="camel"):
@@ -34,10 +32,31 @@ class _Head(msgspec.Struct):
 _HEAD: Final = msgspec.json.Decoder(_Head)
 
 
-class _Row(msgspec.Struct, Generic[T]):
-    uid: str
+class _Meta(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def namespace(self) -> str: ...
+    @property
+    def uid(self) -> str: ...
+
+
+class Kept(Protocol):
+    """What can be kept: anything with Kubernetes' metadata."""
+
+    @property
+    def metadata(self) -> _Meta: ...
+
+
+T = TypeVar("T", bound=Kept)
+
+
+class Row(NamedTuple, Generic[T]):
+    """One item of a list, decoded: the object or what stands for it, and what is wrong with it."""
+
+    key: ObjectKey
     object: T | None
-    problem: Problem | None = None
+    problem: Problem | None
 
 
 class Table(Generic[T]):
@@ -55,34 +74,40 @@ class Table(Generic[T]):
         self.listed = False
         """It has been complete once."""
         self._server = server
-        self._rows: dict[ObjectKey, _Row[T]] = {}
-        self._snapshot: dict[ObjectKey, T] | None = {}
+        self._objects: dict[ObjectKey, T] = {}
+        self._problems: dict[ObjectKey, Problem] = {}
+        self._snapshot: dict[ObjectKey, T] | None = None
 
     @property
     def problems(self) -> Iterable[Problem]:
         """Objects that are not in the state as they are on the server."""
-        return [row.problem for row in self._rows.values() if row.problem is not None]
+        return self._problems.values()
 
     def snapshot(self) -> Mapping[ObjectKey, T]:
-        """The state by key, sorted; the same object until something changes."""
+        """The state by key; the same mapping until something changes."""
         if self._snapshot is None:
-            self._rows = dict(sorted(self._rows.items()))
-            self._snapshot = {key: row.object for key, row in self._rows.items() if row.object is not None}
+            self._snapshot = self._objects.copy()
         return self._snapshot
 
-    def read(self, items: Iterable[msgspec.Raw]) -> list[tuple[ObjectKey, _Row[T]]]:
+    def read(self, items: Iterable[msgspec.Raw]) -> list[Row[T]]:
         """Decode a part of a list, for `replace`; each item by itself.
 
         Raises:
             DecodeError: an item names no object at all.
         """
-        return [self._row(bytes(item)) for item in items]
+        return [self._row(self._head(data), data) for data in map(bytes, items)]
 
-    def replace(self, rows: Iterable[tuple[ObjectKey, _Row[T]]], version: str) -> bool:
+    def replace(self, rows: Iterable[Row[T]], version: str) -> bool:
         """Take a complete list; True if that changes the state."""
-        fresh = {key: self._kept_or(key, row) for key, row in rows}
-        changed = fresh.keys() != self._rows.keys() or any(row is not self._rows[key] for key, row in fresh.items())
-        self._rows = fresh
+        objects: dict[ObjectKey, T] = {}
+        problems: dict[ObjectKey, Problem] = {}
+        for key, obj, problem in rows:
+            if obj is not None:
+                objects[key] = self._kept_or(key, obj)
+            if problem is not None:
+                problems[key] = problem
+        changed = (objects, problems) != (self._objects, self._problems)
+        self._objects, self._problems = objects, problems
         self.version = version
         self.listed = True
         if changed:
@@ -96,49 +121,52 @@ class Table(Generic[T]):
             DecodeError: the event names no object at all.
         """
         head = self._head(data)
-        changed = kind != "BOOKMARK" and self._apply(kind, head, data)
+        if kind == "BOOKMARK":
+            changed = False
+        elif kind == "DELETED":
+            changed = self._put(Row(ObjectKey(head.namespace, head.name), None, None))
+        else:
+            changed = self._put(self._row(head, data))
         self.version = head.resource_version or self.version
         return changed
 
-    def _apply(self, kind: str, head: _HeadMeta, data: bytes) -> bool:
-        key = ObjectKey(head.namespace, head.name)
-        old = self._rows.get(key)
-        if kind == "DELETED":
-            self._rows.pop(key, None)
-            changed = old is not None
+    def _put(self, row: Row[T]) -> bool:
+        key, obj, problem = row
+        if (obj, problem) == (self._objects.get(key), self._problems.get(key)):
+            return False
+        self._snapshot = None
+        if obj is None:
+            self._objects.pop(key, None)
         else:
-            self._rows[key] = self._kept_or(key, self._decoded(key, head, data))
-            changed = self._rows[key] is not old
-        if changed:
-            self._snapshot = None
-        return changed
+            self._objects[key] = self._kept_or(key, obj)
+        if problem is None:
+            self._problems.pop(key, None)
+        else:
+            self._problems[key] = problem
+        return True
 
-    def _row(self, data: bytes) -> tuple[ObjectKey, _Row[T]]:
-        head = self._head(data)
-        key = ObjectKey(head.namespace, head.name)
-        return key, self._decoded(key, head, data)
-
-    def _decoded(self, key: ObjectKey, head: _HeadMeta, data: bytes) -> _Row[T]:
+    def _row(self, head: _HeadMeta, data: bytes) -> Row[T]:
         """The object, or what stands for it with the problem beside it."""
         try:
-            return _Row(head.uid, self.resource.decode(data))
+            obj = self.resource.decode(data)
         except DecodeError as error:
-            cause = error
-        old = self._rows.get(key)
-        if old is not None and old.object is not None and old.uid == head.uid:
-            left, outcome = old.object, "what it was before stays in force"
-        elif (stand_in := self.resource.stand_in(data)) is not None:
-            left, outcome = stand_in, "the strictest policy that it may be is in force until it is mended"
-        else:
-            left, outcome = None, "it is left out until it is mended"
-        subject = f"{self.resource.kind} {key}"
-        problem = Problem(self._server, f"{cause.message}; {outcome}", subject=subject, field=cause.field)
-        return _Row(head.uid, left, problem)
+            return self._unreadable(ObjectKey(head.namespace, head.name), head.uid, data, error)
+        return Row(ObjectKey(obj.metadata.namespace, obj.metadata.name), obj, None)
 
-    def _kept_or(self, key: ObjectKey, row: _Row[T]) -> _Row[T]:
-        """The row that is there already, if the new one says the same: consumers may compare by identity."""
-        old = self._rows.get(key)
-        return old if old == row else row
+    def _unreadable(self, key: ObjectKey, uid: str, data: bytes, error: DecodeError) -> Row[T]:
+        left = self._objects.get(key)
+        if left is not None and left.metadata.uid == uid:
+            outcome = "what it was before stays in force"
+        else:
+            left = self.resource.stand_in(data)
+            outcome = "the strictest policy that it may be is in force" if left is not None else "it is left out"
+        message = f"{error.message}; {outcome} until it is mended"
+        return Row(key, left, Problem(self._server, message, subject=f"{self.resource.kind} {key}", field=error.field))
+
+    def _kept_or(self, key: ObjectKey, obj: T) -> T:
+        """The object that is there already, if the new one says the same: consumers may compare by identity."""
+        old = self._objects.get(key)
+        return old if old is not None and old == obj else obj
 
     def _head(self, data: bytes) -> _HeadMeta:
         try:

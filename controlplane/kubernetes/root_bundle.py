@@ -33,6 +33,7 @@ LABELS: Final = {"app.kubernetes.io/managed-by": "undermesh"}
 class _Meta(msgspec.Struct, frozen=True, rename="camel"):
     name: str
     namespace: str
+    uid: str = ""
     resource_version: str = ""
 
 

@@ -54,7 +54,7 @@ class Watched:
 
     @property
     def pods(self) -> list[str]:
-        return [key.name for key in self.source.current.pods]
+        return sorted(key.name for key in self.source.current.pods)
 
     async def pods_are(self, *names: str) -> None:
         await until(lambda: self.pods == list(names))

@@ -100,7 +100,7 @@ async def test_a_version_that_is_gone_costs_a_list_and_no_state_in_between(
     server.silent = False
     server.drop_watches()
     await watched.pods_are("new", "web")
-    assert [[key.name for key in state.pods] for state in watched.states] == [["old", "web"], ["new", "web"]]
+    assert [sorted(key.name for key in state.pods) for state in watched.states] == [["old", "web"], ["new", "web"]]
 
 
 async def test_a_dropped_watch_goes_on_where_it_was_without_a_list(server: Server, watched: Watched) -> None:
