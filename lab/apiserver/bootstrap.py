@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from undermesh.lab.apiserver.catalog import Catalog
-from undermesh.lab.apiserver.errors import ApiError, Object
+from undermesh.lab.apiserver.errors import Object
 from undermesh.lab.apiserver.registry import Registry
 from undermesh.lab.apiserver.store import Change, Op
 from undermesh.lab.apiserver.user import AUTHENTICATED, MASTERS, Write
@@ -208,8 +208,5 @@ class Bootstrap:
         kind = self._catalog.find(group, "v1", plural)
         if kind is None:
             raise RuntimeError(f"{plural}.{group} is not a kind of this server")
-        try:
+        if self._registry.store.get(kind.resource, (namespace, body["metadata"]["name"])) is None:
             self._registry.create(kind, namespace, body, Write())
-        except ApiError as error:
-            if error.code != 409:
-                raise

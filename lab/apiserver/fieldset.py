@@ -108,20 +108,14 @@ def covers(paths: Iterable[Path], path: Path) -> bool:
 def to_fields_v1(paths: Iterable[Path]) -> dict[str, Any]:
     """The set as the nested object that managedFields holds."""
     tree: dict[str, Any] = {}
-    inner: list[dict[str, Any]] = []
-    for path in sorted(paths):
+    ordered = sorted(paths)
+    for path, following in zip(ordered, [*ordered[1:], ()], strict=False):
         at = tree
         for element in path:
             at = at.setdefault(element, {})
-        inner.append(at)
-    for at in inner:
-        if at and "." not in at:
+        if following[: len(path)] == path:
             at["."] = {}
-    return _sorted(tree)
-
-
-def _sorted(tree: dict[str, Any]) -> dict[str, Any]:
-    return {key: _sorted(tree[key]) for key in sorted(tree)}
+    return tree
 
 
 def from_fields_v1(tree: dict[str, Any]) -> set[Path]:

@@ -194,7 +194,8 @@ class Resources:
         await response.prepare(call.request)
         scope = Scope(call.kind, call.target.namespace, options)
         try:
-            async for piece in self._watches.lines(scope, lambda obj, stored: self._render(call, obj, stored)):
+            render = None if call.media.plain else lambda obj: self._render(call, obj, None)
+            async for piece in self._watches.lines(scope, render):
                 await response.write(piece)
             await response.write_eof()
         except ConnectionError:

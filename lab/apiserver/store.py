@@ -27,12 +27,13 @@ HISTORY = 8192
 class Stored:
     """One object at one version, with its JSON."""
 
-    __slots__ = ("_raw", "obj", "version")
+    __slots__ = ("_lines", "_raw", "obj", "version")
 
     def __init__(self, obj: Object, version: int) -> None:
         self.obj = obj
         self.version = version
         self._raw: bytes | None = None
+        self._lines: dict[str, bytes] = {}
 
     @property
     def raw(self) -> bytes:
@@ -40,6 +41,13 @@ class Stored:
         if self._raw is None:
             self._raw = msgspec.json.encode(self.obj)
         return self._raw
+
+    def line(self, op: str) -> bytes:
+        """The object as an event of a watch, made once for all watchers."""
+        found = self._lines.get(op)
+        if found is None:
+            found = self._lines[op] = b'{"type":"%s","object":%s}\n' % (op.encode(), self.raw)
+        return found
 
 
 class Op(Enum):

@@ -21,13 +21,23 @@ INITIAL_EVENTS_END = "k8s.io/initial-events-end"
 _BATCH = 500
 """Changes written at once; more would hold up the loop."""
 
-Render = Callable[[Object, Stored | None], bytes]
-"""The JSON of an object for this client; the Stored is given when the object is just that."""
+Render = Callable[[Object], bytes] | None
+"""The JSON of an object in the form that the client asked for; None: as it is."""
+
+_PAUSE = 0.01
+"""Seconds between two writes to one client: under load, changes go out together."""
 
 
 def line(kind: str, obj: bytes) -> bytes:
     """One event of the stream."""
     return b'{"type":"%s","object":%s}\n' % (kind.encode(), obj)
+
+
+def _event(op: str, obj: Object, stored: Stored | None, render: Render) -> bytes:
+    """One event; `stored` is given when it is the object."""
+    if render is not None:
+        return line(op, render(obj))
+    return stored.line(op) if stored is not None else line(op, msgspec.json.encode(obj))
 
 
 def error_line(error: ApiError) -> bytes:
@@ -101,7 +111,7 @@ class Watches:
             yield _bookmark(scope.kind, sent, {INITIAL_EVENTS_END: "true"})
         log.subscribe(running.wake)
         try:
-            next_bookmark = time.monotonic() + self._bookmark_interval
+            next_bookmark, written = time.monotonic() + self._bookmark_interval, 0.0
             while not running.ended:
                 running.wake.clear()
                 try:
@@ -113,6 +123,7 @@ class Watches:
                     piece = b"".join(self._events(scope, render, changes[start : start + _BATCH]))
                     if piece:
                         yield piece
+                        written = time.monotonic()
                 position += len(changes)
                 if position < log.end:
                     continue
@@ -126,6 +137,7 @@ class Watches:
                 limit = min(deadline, next_bookmark) if options.bookmarks else deadline
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(running.wake.wait(), limit - now)
+                await asyncio.sleep(max(0.0, written + _PAUSE - time.monotonic()))
             if options.bookmarks and not running.ended:
                 yield _bookmark(scope.kind, sent, {})
         finally:
@@ -144,7 +156,7 @@ class Watches:
                 continue
             obj = from_storage(stored.obj, scope.kind)
             if chosen is None or chosen(obj):
-                found.append(line("ADDED", render(obj, stored if obj is stored.obj else None)))
+                found.append(_event("ADDED", obj, stored if obj is stored.obj else None, render))
         return [b"".join(found[start : start + _BATCH]) for start in range(0, len(found), _BATCH)]
 
     def _events(self, scope: Scope, render: Render, changes: list[Change]) -> list[bytes]:
@@ -155,18 +167,18 @@ class Watches:
             obj = from_storage(change.new.obj, scope.kind)
             stored = change.new if obj is change.new.obj else None
             if chosen is None:
-                found.append(line(change.op.value, render(obj, stored)))
+                found.append(_event(change.op.value, obj, stored, render))
                 continue
             before = change.old is not None and chosen(from_storage(change.old.obj, scope.kind))
             after = change.op is not Op.DELETED and chosen(obj)
             if after:
-                found.append(line("MODIFIED" if before else "ADDED", render(obj, stored)))
+                found.append(_event("MODIFIED" if before else "ADDED", obj, stored, render))
             elif before and change.op is Op.DELETED:
-                found.append(line("DELETED", render(obj, stored)))
+                found.append(_event("DELETED", obj, stored, render))
             elif before and change.old is not None:
                 last = dict(from_storage(change.old.obj, scope.kind))
                 last["metadata"] = {**last["metadata"], "resourceVersion": str(change.version)}
-                found.append(line("DELETED", render(last, None)))
+                found.append(_event("DELETED", last, None, render))
         return found
 
 
