@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from undermesh.lab.apiserver import clock, defaults, errors, structural, validation
+from undermesh.lab.apiserver import defaults, errors, structural, validation
 from undermesh.lab.apiserver.addresses import Addresses, AllocationError
 from undermesh.lab.apiserver.catalog import Catalog, Custom
 from undermesh.lab.apiserver.decode import Decoder, strict_error
@@ -165,6 +165,10 @@ class Admission:
             result = {**old, "metadata": metadata}
             result.pop("status", None)
             return {**result, "status": new["status"]} if "status" in new else result
+        if subresource == "ephemeralcontainers":
+            added = (new.get("spec") or {}).get("ephemeralContainers") or []
+            metadata = {**old["metadata"], "managedFields": new["metadata"].get("managedFields", [])}
+            return {**old, "metadata": metadata, "spec": {**old["spec"], "ephemeralContainers": added}}
         if subresource == "finalize":
             return {
                 **old,
@@ -191,6 +195,3 @@ class Admission:
                 causes += check_definition(obj)
         if causes:
             raise errors.invalid(kind.group, kind.kind, obj["metadata"].get("name", ""), causes)
-
-
-__all__ = ["Admission", "clock"]

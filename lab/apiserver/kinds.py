@@ -70,6 +70,7 @@ SUBRESOURCES = {
     "status": Subresource(("get", "patch", "update")),
     "scale": Subresource(("get", "patch", "update"), "autoscaling", "v1", "Scale"),
     "finalize": Subresource(("update",)),
+    "ephemeralcontainers": Subresource(("get", "patch", "update")),
     "log": Subresource(("get",)),
     "exec": Subresource(("create", "get"), kind="PodExecOptions", version="v1"),
     "attach": Subresource(("create", "get"), kind="PodAttachOptions", version="v1"),
@@ -82,7 +83,7 @@ SUBRESOURCES = {
 
 _ALL = ("all",)
 _S = ("status",)
-_POD_PARTS = ("status", "log", "exec", "attach", "portforward", "binding", "eviction")
+_POD_PARTS = ("status", "ephemeralcontainers", "log", "exec", "attach", "portforward", "binding", "eviction")
 _RBAC = "rbac.authorization.k8s.io"
 _AUTHORIZATION = "authorization.k8s.io"
 _AUTHENTICATION = "authentication.k8s.io"

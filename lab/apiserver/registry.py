@@ -17,7 +17,7 @@ import msgspec
 from undermesh.lab.apiserver import clock, errors, managed, ssa
 from undermesh.lab.apiserver.admission import Admission
 from undermesh.lab.apiserver.catalog import Catalog
-from undermesh.lab.apiserver.convert import from_storage, storage_api_version, storage_resource, to_storage
+from undermesh.lab.apiserver.convert import from_storage, storage_resource, to_storage
 from undermesh.lab.apiserver.errors import Object
 from undermesh.lab.apiserver.fieldset import FieldSet, fields_of
 from undermesh.lab.apiserver.kinds import Kind
@@ -389,6 +389,3 @@ def _untracked(obj: Object) -> Object:
     if not obj:
         return obj
     return {**obj, "metadata": {key: value for key, value in obj["metadata"].items() if key != "managedFields"}}
-
-
-__all__ = ["FOREGROUND", "ORPHAN", "Registry", "fresh", "storage_api_version"]

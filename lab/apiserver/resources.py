@@ -218,7 +218,7 @@ class Resources:
         stored = self._registry.get(kind, target.namespace, target.name)
         if target.subresource == "scale":
             return self._plain(call, self._scales.read(kind, from_storage(stored.obj, kind)))
-        if target.subresource not in ("", "status"):
+        if target.subresource not in ("", "status", "ephemeralcontainers"):
             raise errors.method_not_allowed(kind.group, kind.plural)
         return self._answer(call, stored)
 
@@ -226,7 +226,7 @@ class Resources:
         kind, target, write, body = call.kind, call.target, call.write(), call.document()
         if target.subresource == "scale":
             return self._scaled(call, write, lambda scale: body)
-        if target.subresource not in ("", "status", "finalize"):
+        if target.subresource not in ("", "status", "ephemeralcontainers", "finalize"):
             raise errors.method_not_allowed(kind.group, kind.plural)
         stored = self._registry.update(kind, target.namespace, target.name, lambda current: body, write)
         return self._answer(call, stored, 200, write)
@@ -243,7 +243,7 @@ class Resources:
     def _patch(self, call: Call) -> web.StreamResponse:
         kind, target, write = call.kind, call.target, call.write()
         media = call.request.headers.get("Content-Type", "").partition(";")[0].strip()
-        if target.subresource not in ("", "status", "scale"):
+        if target.subresource not in ("", "status", "ephemeralcontainers", "scale"):
             raise errors.method_not_allowed(kind.group, kind.plural)
         if media in _APPLY:
             if "fieldManager" not in call.query:

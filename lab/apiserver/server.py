@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aiohttp import web
+from aiohttp import StreamReader, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import RawRequestMessage
 
 from undermesh.lab.apiserver import kubeconfig
 from undermesh.lab.apiserver.addresses import Addresses
@@ -39,6 +40,18 @@ _DEFINITIONS = "customresourcedefinitions.apiextensions.k8s.io"
 _LARGEST_BODY = 3 << 20
 """Bytes; what the real server takes."""
 _BACKLOG = 512
+
+
+def _request(
+    message: RawRequestMessage,
+    payload: StreamReader,
+    protocol: web.RequestHandler,
+    writer: AbstractStreamWriter,
+    task: asyncio.Task[None],
+) -> web.BaseRequest:
+    """A request whose body may be as large as the API allows."""
+    loop = asyncio.get_running_loop()
+    return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=_LARGEST_BODY)
 
 
 @dataclass(frozen=True)
@@ -136,7 +149,9 @@ class ApiServer:
         cluster_ip = str(next(iter(self._cluster_ips())))
         names = [settings.host, *settings.names, "localhost", "127.0.0.1", "::1", *self._cluster_ips()]
         names += ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"]
-        server = web.Server(self._dispatcher.handle, access_log=None)
+        server = web.Server(
+            self._dispatcher.handle, request_factory=_request, handler_cancellation=True, access_log=None
+        )
         self._runner = web.ServerRunner(server, shutdown_timeout=1.0)
         await self._runner.setup()
         context = self.authority.server_context(list(dict.fromkeys(names)))
@@ -203,12 +218,3 @@ class ApiServer:
     def token_kubeconfig(self, token: str, namespace: str = "") -> str:
         """A KUBECONFIG with a bearer token."""
         return kubeconfig.kubeconfig(self.url, self.authority.pem, {"token": token}, namespace=namespace)
-
-
-def is_ip(text: str) -> bool:
-    """Whether the text is an address of either family."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError):
-            socket.inet_pton(family, text)
-            return True
-    return False

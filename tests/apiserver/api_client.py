@@ -12,6 +12,12 @@ from typing import Any
 import aiohttp
 
 from undermesh.lab.apiserver import ApiServer
+from undermesh.lab.apiserver.user import AUTHENTICATED, MASTERS, User
+
+TOKENS = {
+    "admin-token": User("lab-admin", (MASTERS, AUTHENTICATED)),
+    "ann-token": User("ann", ("builders", AUTHENTICATED)),
+}
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,12 @@ import pytest_asyncio
 
 from undermesh.lab.apiserver import ApiServer, Settings
 from undermesh.lab.apiserver.kubelets import KubeletTable
-from undermesh.lab.apiserver.user import AUTHENTICATED, MASTERS, User
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from api_client import Client
+from api_client import TOKENS, Client
 from kubectl import Kubectl, unpack
 from local_kubelet import LocalKubelet
-
-TOKENS = {
-    "admin-token": User("lab-admin", (MASTERS, AUTHENTICATED)),
-    "ann-token": User("ann", ("builders", AUTHENTICATED)),
-}
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,7 @@ from typing import Any
 
 import jwt
 import pytest
-from api_client import Client
-from conftest import TOKENS
+from api_client import TOKENS, Client
 
 from undermesh.lab.apiserver import Settings
 

@@ -15,7 +15,7 @@ from undermesh.lab.apiserver import ApiServer
 lightkube = pytest.importorskip("lightkube", reason="requirements-dev.txt names it")
 from lightkube import AsyncClient, KubeConfig  # noqa: E402
 from lightkube.core.exceptions import ApiError  # noqa: E402
-from lightkube.models.apps_v1 import Deployment, DeploymentSpec  # noqa: E402
+from lightkube.models.apps_v1 import DeploymentSpec  # noqa: E402
 from lightkube.models.core_v1 import Container, PodSpec, PodTemplateSpec  # noqa: E402
 from lightkube.models.meta_v1 import LabelSelector, ObjectMeta  # noqa: E402
 from lightkube.resources import apps_v1, core_v1  # noqa: E402
@@ -89,6 +89,3 @@ async def test_a_watch_reports_each_change(client: Any) -> None:
     await client.delete(core_v1.ConfigMap, "m")
     await asyncio.wait_for(task, 10)
     assert events == [("ADDED", "1"), ("MODIFIED", "2"), ("DELETED", "2")]
-
-
-assert Deployment is not None

@@ -10,8 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from api_client import Client
-from conftest import TOKENS
+from api_client import TOKENS, Client
 
 from undermesh.lab.apiserver import ApiServer, Settings
 from undermesh.lab.apiserver.faults import Fault
