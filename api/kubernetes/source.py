@@ -143,7 +143,7 @@ class KubernetesSource:
 
     def _failed(self, kind: str, error: ApiError) -> None:
         table = self._tables[kind]
-        if isinstance(error, NotFound) and table.resource.optional:
+        if isinstance(error, NotFound) and table.resource.optional and not table.snapshot():
             state = "there are none until the kind is installed"
         else:
             state = "the last state stands" if table.listed else "nothing starts before this can be read"

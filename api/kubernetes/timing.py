@@ -19,6 +19,8 @@ class Timing:
     """How long a watch is asked to last, drawn at random: not all of a cluster's agents come back at once."""
     first_retry: float = 0.25
     last_retry: float = 30.0
+    absent: float = 5.0
+    """Between two looks for a kind that is not installed: its policies should not wait for long once it is."""
     longest_wait: float = 120.0
     """The most that a server's Retry-After is believed."""
     coalesce: float = 0.05

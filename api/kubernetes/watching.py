@@ -93,14 +93,17 @@ async def endless_watch(api: Api, table: Table[Any], listener: Listener) -> NoRe
             await continuous_watch(api, table, listener)
         except errors.ApiError as error:
             failures = 1 if time.monotonic() - began > api.timing.last_retry else failures + 1
-            if isinstance(error, errors.NotFound) and table.resource.optional and not table.listed:
-                # The kind is not installed: there are none of it.
-                table.replace((), "")
-                listener.changed()
+            wait = api.timing.retry(failures, error.retry_after)
+            if isinstance(error, errors.NotFound) and table.resource.optional:
+                wait = min(wait, api.timing.absent)
+                if not table.listed:
+                    # The kind is not installed: there are none of it.
+                    table.replace((), "")
+                    listener.changed()
             elif isinstance(error, errors.Malformed):
                 table.version = ""
             listener.failed(error)
-            await asyncio.sleep(api.timing.retry(failures, error.retry_after))
+            await asyncio.sleep(wait)
 
 
 async def continuous_watch(api: Api, table: Table[Any], listener: Listener) -> NoReturn:

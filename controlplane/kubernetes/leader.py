@@ -84,6 +84,7 @@ class LeaderElection:
         self._seen_at = 0.0
         self._version = ""
         self._renewed_at = 0.0
+        self._complaint = ""
         self.leading = False
 
     async def run(self, work: Callable[[], Awaitable[None]]) -> NoReturn:
@@ -93,6 +94,7 @@ class LeaderElection:
         """
         while True:
             await self._acquire()
+            self._complaint = ""
             log.info("leading as %s by lease %s/%s", self._identity, self._namespace, self._name)
             self.leading = True
             try:
@@ -130,7 +132,7 @@ class LeaderElection:
                 log.warning("lease %s/%s was not renewed in time", self._namespace, self._name)
                 return
             except errors.ApiError as error:
-                log.info("lease %s/%s is not renewed yet: %s", self._namespace, self._name, error)
+                self._complain("is not renewed yet", error)
 
     def _left(self) -> float:
         return max(0.0, self._renewed_at + self._timing.deadline - time.monotonic())
@@ -158,7 +160,7 @@ class LeaderElection:
         except errors.Conflict:
             return False
         except errors.ApiError as error:
-            log.warning("lease %s/%s cannot be taken: %s", self._namespace, self._name, error)
+            self._complain("cannot be taken", error)
             return False
         self._renewed_at = began
         return True
@@ -189,6 +191,12 @@ class LeaderElection:
                     spec = self._spec(transitions=lease.spec.lease_transitions or 0)
                     spec.holder_identity, spec.lease_duration_seconds = "", 1
                     await self._write("PUT", self._path, spec)
+
+    def _complain(self, what: str, error: errors.ApiError) -> None:
+        """Says it once, not at every attempt."""
+        if str(error) != self._complaint:
+            self._complaint = str(error)
+            log.warning("lease %s/%s %s: %s", self._namespace, self._name, what, error)
 
     def _observe(self, lease: _Lease) -> None:
         self._version = lease.metadata.resource_version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from undermesh.controlplane.tokens import AGENT_NAMESPACE, AGENT_SUBJECT, AUDIEN
 PATH: Final = "/apis/authentication.k8s.io/v1/tokenreviews"
 REMEMBERED: Final = 10.0
 """Seconds for which a yes is not asked for again: a node that starts asks for a certificate per account."""
+PATIENCE: Final = 10.0
+"""Seconds for an answer; agents do not wait longer either."""
 _MAX_REMEMBERED: Final = 10_000
 _EXTRA: Final = "authentication.kubernetes.io/"
 
@@ -68,7 +71,12 @@ class TokenReviewer:
             "spec": {"token": token, "audiences": [AUDIENCE]},
         }
         try:
-            return _REVIEWS.decode(await self._api.request("POST", PATH, body=body)).status
+            async with asyncio.timeout(PATIENCE):
+                return _REVIEWS.decode(await self._api.request("POST", PATH, body=body)).status
+        except TimeoutError as error:
+            raise errors.NotAuthorised(
+                f"the API server does not answer about the token for {PATIENCE:.0f} s"
+            ) from error
         except (api_errors.ApiError, msgspec.DecodeError) as error:
             raise errors.NotAuthorised(f"the API server cannot be asked about the token: {error}") from error
 

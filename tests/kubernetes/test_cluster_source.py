@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
-from cluster_harness import POLICY_DEFINITION, Cluster
+from cluster_harness import POLICY_DEFINITION, Cluster, running
 from source_harness import FAST, Watched, until
 
 from undermesh.api.identity import ObjectKey
@@ -15,6 +16,7 @@ from undermesh.api.kubernetes.access import Access
 from undermesh.api.kubernetes.api import Api
 from undermesh.api.kubernetes.source import KubernetesSource
 from undermesh.lab.apiserver.faults import Fault
+from undermesh.lab.apiserver.server import ApiServer, Settings
 
 POLICIES = "/apis/security.istio.io/v1/namespaces/shop/authorizationpolicies"
 
@@ -125,3 +127,26 @@ async def test_through_all_kinds_of_trouble_the_state_ends_where_the_server_s_is
         seconds=30,
     )
     assert all(ObjectKey("shop", "always") in state.pods for state in source.states)
+
+
+async def test_while_the_server_is_away_the_last_state_stands_and_then_the_difference_follows(tmp_path: Path) -> None:
+    async with running(tmp_path, journal=True) as cluster:
+        port = int(cluster.server.url.rpartition(":")[2])
+        await cluster.namespace("shop")
+        await cluster.pod("shop", "stays", "10.0.0.1")
+        await cluster.pod("shop", "goes", "10.0.0.2")
+        source = Watched(KubernetesSource.of_control_plane(Api(Access(cluster.kubeconfig), FAST)))
+        await source.start()
+    try:
+        await until(lambda: "the last state stands" in source.errors)
+        assert source.pods == ["goes", "stays"]
+        async with ApiServer(Settings(tmp_path / "apiserver", journal=True, port=port)) as server:
+            cluster.server = server
+            await cluster.delete("/api/v1/namespaces/shop/pods/goes")
+            await cluster.pod("shop", "comes", "10.0.0.3")
+            await source.pods_are("comes", "stays")
+            await until(lambda: [problem.subject for problem in source.source.errors] == ["AuthorizationPolicy"])
+    finally:
+        await source.stop()
+        await cluster.api.close()
+    assert all(ObjectKey("shop", "stays") in state.pods for state in source.states)
