@@ -59,7 +59,7 @@ class NodeAgent:
             PodRecords(settings.run_dir / "pods"),
             fd_store.from_environment(os.environ),
         )
-        self._source = open_source(settings.source, settings.node)
+        self._source = open_source(settings.source, settings.node, settings.run_dir)
         self._namespaces = EnrolledNamespaces(settings.state_dir)
         self._control = ControlPlane(
             ControlPlaneSettings(settings.control_plane, settings.ca_root, settings.token, settings.control_plane_name)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from undermesh.api.kubernetes.source import KubernetesSource
 from undermesh.api.kubernetes.timing import Timing
 from undermesh.api.objects import Objects
+from undermesh.api.source import Source
 
 FAST = Timing(
     connect=2.0,
@@ -29,7 +29,7 @@ async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
 class Watched:
     """Watches a source in the background."""
 
-    def __init__(self, source: KubernetesSource) -> None:
+    def __init__(self, source: Source) -> None:
         self.source = source
         self.states: list[Objects] = []
         self._task: asyncio.Task[None] | None = None
