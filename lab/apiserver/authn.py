@@ -12,7 +12,7 @@ from undermesh.lab.apiserver.user import ANONYMOUS, AUTHENTICATED, User
 
 
 class Authenticator:
-    """Client certificates, fixed tokens, service account tokens; in that order."""
+    """Client certificates, fixed tokens, service account tokens; in that order, as on a real server."""
 
     def __init__(self, tokens: Tokens, fixed: Mapping[str, User]) -> None:
         self._tokens = tokens
@@ -20,13 +20,14 @@ class Authenticator:
 
     def user(self, certificate: Mapping[str, Any] | None, authorization: str) -> User:
         """The client. Raises ApiError 401 when it presents a token that is no good."""
+        found = _certificate_user(certificate) if certificate else None
+        if found is not None:
+            return found
         if authorization:
             scheme, _, token = authorization.partition(" ")
             if scheme.lower() != "bearer" or not token.strip():
                 raise unauthorized()
             return self.token_user(token.strip())
-        if certificate:
-            return _certificate_user(certificate)
         return ANONYMOUS
 
     def token_user(self, token: str) -> User:
@@ -47,9 +48,9 @@ class Authenticator:
         return self._tokens.verify(token, audiences)
 
 
-def _certificate_user(certificate: Mapping[str, Any]) -> User:
-    """The common name is the user, each organisation a group."""
+def _certificate_user(certificate: Mapping[str, Any]) -> User | None:
+    """The common name is the user, each organisation a group; no user without a name."""
     parts = [pair for line in certificate.get("subject", ()) for pair in line]
     name = next((value for key, value in parts if key == "commonName"), "")
     groups = tuple(value for key, value in parts if key == "organizationName")
-    return User(name, (*groups, AUTHENTICATED)) if name else ANONYMOUS
+    return User(name, (*groups, AUTHENTICATED)) if name else None

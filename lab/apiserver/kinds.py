@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 ALL_VERBS = ("create", "delete", "deletecollection", "get", "list", "patch", "update", "watch")
 CREATE_ONLY = ("create",)
@@ -89,14 +90,14 @@ _AUTHORIZATION = "authorization.k8s.io"
 _AUTHENTICATION = "authentication.k8s.io"
 
 
-def _core(kind: str, plural: str, short: str = "", **more: object) -> Kind:
+def _core(kind: str, plural: str, short: str = "", **more: Any) -> Kind:
     names = tuple(short.split())
-    return Kind("", "v1", kind, plural, short_names=names, model=f"core_v1.{kind}", **more)  # type: ignore[arg-type]
+    return Kind("", "v1", kind, plural, short_names=names, model=f"core_v1.{kind}", **more)
 
 
-def _of(group: str, version: str, module: str, kind: str, plural: str, short: str = "", **more: object) -> Kind:
+def _of(group: str, version: str, module: str, kind: str, plural: str, short: str = "", **more: Any) -> Kind:
     names = tuple(short.split())
-    return Kind(group, version, kind, plural, short_names=names, model=f"{module}.{kind}", **more)  # type: ignore[arg-type]
+    return Kind(group, version, kind, plural, short_names=names, model=f"{module}.{kind}", **more)
 
 
 def _review(group: str, module: str, kind: str, namespaced: bool = False) -> Kind:

@@ -49,6 +49,10 @@ class Registry:
         self.catalog = catalog
         self._admission = admission
 
+    def decode(self, kind: Kind, body: Any, write: Write) -> Object:
+        """A body as an object of that kind, by its schema. Raises ApiError 400."""
+        return self._admission.decode(kind, body, write)
+
     def get(self, kind: Kind, namespace: str, name: str) -> Stored:
         """The stored object. Raises ApiError 404."""
         stored = self.store.get(storage_resource(kind), (namespace, name))

@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from undermesh.lab.apiserver import errors, subresources
+from undermesh.lab.apiserver import errors, models, subresources
 from undermesh.lab.apiserver.catalog import Catalog
 from undermesh.lab.apiserver.convert import from_storage, storage_resource
+from undermesh.lab.apiserver.decode import Decoder
 from undermesh.lab.apiserver.errors import Object
 from undermesh.lab.apiserver.jsonpatch import PatchError, json_patch, merge_patch
 from undermesh.lab.apiserver.kinds import Kind
@@ -207,7 +208,8 @@ class Resources:
         write = call.write()
         body = call.document()
         if call.kind.virtual:
-            return self._plain(call, self._reviews.answer(call.kind, body, call.user), 201)
+            review = self._registry.decode(call.kind, body, write)
+            return self._plain(call, self._reviews.answer(call.kind, review, call.user), 201)
         stored = self._registry.create(call.kind, call.target.namespace, body, write)
         return self._answer(call, stored, 201, write)
 
@@ -225,7 +227,7 @@ class Resources:
     def _update(self, call: Call) -> web.StreamResponse:
         kind, target, write, body = call.kind, call.target, call.write(), call.document()
         if target.subresource == "scale":
-            return self._scaled(call, write, lambda scale: body)
+            return self._scaled(call, write, lambda current: body)
         if target.subresource not in ("", "status", "ephemeralcontainers", "finalize"):
             raise errors.method_not_allowed(kind.group, kind.plural)
         stored = self._registry.update(kind, target.namespace, target.name, lambda current: body, write)
@@ -235,7 +237,8 @@ class Resources:
         kind, target = call.kind, call.target
 
         def rescaled(current: Object) -> Object:
-            return self._scales.write(kind, current, change(self._scales.read(kind, current)))
+            scale = _of_model("autoscaling_v1.Scale", change(self._scales.read(kind, current)))
+            return self._scales.write(kind, current, scale)
 
         stored = self._registry.patch(kind, target.namespace, target.name, rescaled, write)
         return self._plain(call, self._scales.read(kind, from_storage(stored.obj, kind)))
@@ -266,8 +269,7 @@ class Resources:
     def _delete_options(self, call: Call) -> Object:
         """From the body, or from the query."""
         options = decode(call.body, call.request.headers.get("Content-Type", "")) if call.body else {}
-        if not isinstance(options, dict):
-            raise errors.bad_request("the body of the request is not a DeleteOptions")
+        options = _of_model("meta_v1.DeleteOptions", options)
         grace = number(call.query, "gracePeriodSeconds")
         if grace is not None:
             options.setdefault("gracePeriodSeconds", grace)
@@ -320,14 +322,16 @@ class Resources:
         success = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201}
         match target.subresource:
             case "binding":
-                subresources.bind(self._registry, kind, target.namespace, target.name, call.document())
+                body = _of_model("core_v1.Binding", call.document())
+                subresources.bind(self._registry, kind, target.namespace, target.name, body)
                 return self._plain(call, success, 201)
             case "eviction":
-                body = call.document() if call.body else {}
+                body = _of_model("policy_v1.Eviction", call.document() if call.body else {})
                 subresources.evict(self._registry, kind, target.namespace, target.name, body, write)
                 return self._plain(call, success, 201)
             case "token":
-                found = self._reviews.request_token(target.namespace, target.name, call.document())
+                body = _of_model("authentication_v1.TokenRequest", call.document())
+                found = self._reviews.request_token(target.namespace, target.name, body)
                 return self._plain(call, found, 201)
         raise errors.method_not_allowed(kind.group, kind.plural)
 
@@ -356,6 +360,13 @@ def _changer(media: str, patch: Any, node: Node, kind: Kind) -> Callable[[Object
             raise errors.bad_request(str(error)) from error
 
     return change
+
+
+def _of_model(model: str, body: Any) -> Object:
+    """A body that is no stored kind, by its schema. Raises ApiError 400."""
+    group, _, name = model.partition(".")
+    found: Object = Decoder(Kind(group, "v1", name, "")).decode(body, models.model(model))
+    return found
 
 
 def _an_object(value: Any) -> Object:

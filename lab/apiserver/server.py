@@ -40,6 +40,8 @@ _DEFINITIONS = "customresourcedefinitions.apiextensions.k8s.io"
 _LARGEST_BODY = 3 << 20
 """Bytes; what the real server takes."""
 _BACKLOG = 512
+_ANY = ("0.0.0.0", "::")
+"""Addresses to listen on that no client can be sent to; the first further name stands for them."""
 
 
 def _request(
@@ -158,6 +160,8 @@ class ApiServer:
         site = web.TCPSite(self._runner, settings.host, settings.port, ssl_context=context, backlog=_BACKLOG)
         await site.start()
         host, port = self._runner.addresses[0][:2]
+        if host in _ANY:
+            host = next(iter(settings.names), "::1" if ":" in host else "127.0.0.1")
         self._dispatcher.url = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
         self._bootstrap.publish(host, port, cluster_ip)
 

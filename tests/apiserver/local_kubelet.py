@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from undermesh.lab.apiserver.errors import Object
 from undermesh.lab.apiserver.kubelets import ExecOptions, KubeletError, LogOptions, Session
@@ -52,9 +52,9 @@ class LocalKubelet:
         return await asyncio.open_connection("127.0.0.1", port)
 
 
-async def _copy(reader: asyncio.StreamReader, write: object) -> None:
+async def _copy(reader: asyncio.StreamReader, write: Callable[[bytes], Awaitable[None]]) -> None:
     while data := await reader.read(65536):
-        await write(data)  # type: ignore[operator]
+        await write(data)
 
 
 async def _feed(session: Session, writer: asyncio.StreamWriter) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import jwt
 import pytest
 from api_client import TOKENS, Client
 
-from undermesh.lab.apiserver import Settings
+from undermesh.lab.apiserver import ApiServer, Settings
 
 RBAC = "/apis/rbac.authorization.k8s.io/v1"
 SA = "/api/v1/namespaces/default/serviceaccounts"
@@ -118,3 +120,16 @@ async def test_acting_as_another_needs_the_right_to(api: Client, connect: Callab
     assert (await api.ask("GET", PODS, **as_ann)).status == 403
     refused = await connect("ann-token").ask("GET", PODS, Impersonate_User="root")
     assert refused.status == 403 and "cannot impersonate" in refused.body["message"]
+
+
+async def test_a_client_certificate_names_its_user_and_groups(server: ApiServer, api: Client, tmp_path: Path) -> None:
+    certificate, key = server.authority.client("carl", ("builders",))
+    for name, content in (("cert", certificate), ("key", key)):
+        (tmp_path / name).write_bytes(content)
+    tls = ssl.create_default_context(cadata=server.authority.pem)
+    tls.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+    async with aiohttp.ClientSession() as session:
+        path = "/apis/authentication.k8s.io/v1/selfsubjectreviews"
+        async with session.post(server.url + path, json={}, ssl=tls) as response:
+            found = (await response.json())["status"]["userInfo"]
+    assert found == {"username": "carl", "groups": ["builders", "system:authenticated"]}

@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
 from api_client import Client
 
 from undermesh.lab.apiserver import ApiServer
+from undermesh.lab.apiserver.kinds import BUILT_IN, Kind
 
 MAPS = "/api/v1/namespaces/default/configmaps"
 PODS = "/api/v1/namespaces/default/pods"
@@ -220,3 +222,61 @@ async def test_versions_of_a_definition_show_one_object(api: Client, server: Api
     assert (await api.ask("POST", crds, {"metadata": {"name": "bad"}, "spec": spec})).status == 422
     await api.delete(f"{crds}/things.x.io")
     assert await missing(api, "/apis/x.io/v1/things/t") and server.store.items("things.x.io") == []
+
+
+BODIES: list[Any] = [
+    {},
+    {"metadata": {"name": "x"}},
+    {"metadata": {"name": "x"}, "spec": {}},
+    {"metadata": {"name": "x"}, "spec": {"selector": {"matchExpressions": [{"key": "a", "operator": "Odd"}]}}},
+    {"metadata": {"name": "x"}, "spec": {"template": {"spec": {"containers": [{}], "volumes": [{}]}}}},
+    {"metadata": {"name": "x", "ownerReferences": [{}]}, "spec": {"ports": [{}], "containers": [{"env": [{}]}]}},
+    {"metadata": {"name": "x"}, "subjects": [{}], "rules": [{}], "endpoints": [{}], "spec": {"versions": [{}]}},
+    {"metadata": None, "spec": None},
+    [],
+]
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in BUILT_IN if kind.kind != "TokenReview"], ids=lambda kind: kind.resource
+)
+async def test_no_half_filled_object_makes_the_server_fail(api: Client, kind: Kind) -> None:
+    root = f"/apis/{kind.group}/{kind.version}" if kind.group else f"/api/{kind.version}"
+    path = f"{root}/namespaces/default/{kind.plural}" if kind.namespaced else f"{root}/{kind.plural}"
+    for body in BODIES:
+        answer = await api.ask("POST", path, body)
+        assert answer.status < 500, (body, answer.body)
+        table = await api.ask("GET", path, Accept="application/json;as=Table;v=v1;g=meta.k8s.io")
+        assert table.status == (405 if kind.virtual else 200), (body, table.body)
+        if answer.status == 201 and not kind.virtual:
+            applied = {
+                "apiVersion": kind.api_version,
+                "kind": kind.kind,
+                "metadata": {"name": "x", "labels": {"a": "b"}},
+            }
+            media = "application/apply-patch+yaml"
+            again = await api.ask("PATCH", f"{path}/x?fieldManager=m", applied, Content_Type=media)
+            assert again.status == 200, (body, again.body)
+            await api.ask("DELETE", f"{path}/x", {"gracePeriodSeconds": 0})
+
+
+@pytest.mark.parametrize(
+    "body", [[], "text", {"spec": [1]}, {"target": 1}, {"deleteOptions": "x"}, {"spec": {"replicas": "many"}}]
+)
+async def test_odd_bodies_for_subresources_are_refused(api: Client, body: Any) -> None:
+    await api.create(PODS, {"metadata": {"name": "p"}, "spec": SPEC})
+    for path in (f"{PODS}/p/binding", "/api/v1/namespaces/default/serviceaccounts/default/token"):
+        assert (await api.ask("POST", path, body if not isinstance(body, str) else '"text"')).status in (400, 422, 201)
+    template = {"metadata": {"labels": {"a": "b"}}, "spec": SPEC}
+    spec = {"selector": {"matchLabels": {"a": "b"}}, "template": template}
+    await api.create("/apis/apps/v1/namespaces/default/deployments", {"metadata": {"name": "d"}, "spec": spec})
+    scale = "/apis/apps/v1/namespaces/default/deployments/d/scale"
+    for media in (
+        "application/merge-patch+json",
+        "application/strategic-merge-patch+json",
+        "application/json-patch+json",
+    ):
+        answer = await api.ask("PATCH", scale, body if not isinstance(body, str) else '"text"', Content_Type=media)
+        assert answer.status in (200, 400, 422), answer.body
+    for verb, path in (("POST", f"{PODS}/p/eviction"), ("DELETE", f"{PODS}/p"), ("PUT", scale)):
+        assert (await api.ask(verb, path, body if not isinstance(body, str) else '"text"')).status < 500
