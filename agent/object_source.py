@@ -23,7 +23,7 @@ def open_source(option: SourceOption, node: str, run_dir: Path) -> Source:
     """
     if option.kind == "files":
         return FileSource(option.directory)
-    # Loaded only where it is needed: the official client takes 10 MB.
+    # Loaded only where it is needed: the official client takes 20 MB.
     from undermesh.api.kubernetes.source import KubernetesSource
 
     return KeptSource(KubernetesSource.of_agent(option.path, node), run_dir / "objects.json", node)

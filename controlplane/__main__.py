@@ -75,7 +75,7 @@ def _backend(arguments: Namespace) -> Backend:
     if arguments.source.kind == "files":
         options.check_directory(arguments.source.directory, "--source")
         return FileBackend(arguments.source.directory)
-    # Loaded only where it is needed: the official client takes 10 MB.
+    # Loaded only where it is needed: the official client takes 20 MB.
     from undermesh.controlplane.kubernetes.backend import KubernetesBackend
 
     return KubernetesBackend(arguments.source.path, namespace=arguments.namespace, review_tokens=arguments.token_review)
