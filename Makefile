@@ -87,9 +87,10 @@ clean: ## remove build/
 $(BUILD)/.bootstrap: tools/bootstrap.sh
 	$(Q)mkdir -p $(BUILD) && tools/bootstrap.sh && touch $@
 
-$(VENV)/.done: requirements.txt requirements-dev.txt | $(BUILD)/.bootstrap
+$(VENV)/.done: requirements.txt requirements-dev.txt requirements-alone.txt | $(BUILD)/.bootstrap
 	@echo 'python: installing into $(VENV)'
 	$(Q)python3 -m venv --clear $(VENV) && $(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(Q)$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-alone.txt
 	$(Q)touch $@
 
 $(PYTREE)/.done: $(PROTOS) proto/marks.toml tools/generate_marks.py $(VENV)/.done Makefile

@@ -147,7 +147,7 @@ class PodKernel:
         Raises:
             OSError: a listener cannot be made.
         """
-        ipv6 = netns.run_in(self.netns_fd, _ipv6_on)
+        ipv6 = netns.run_in(self.netns_fd, routing.ipv6_on)
         missing = [slot for slot in listeners.wanted_slots(ipv6) if slot not in self.sockets]
         if missing:
             self.sockets |= netns.run_in(self.netns_fd, lambda: listeners.make(missing, avoid))
@@ -273,10 +273,3 @@ def parse_store_name(name: str) -> tuple[str, list[ListenerSlot]] | None:
         case ["pod", uid, slots]:
             return uid, [ListenerSlot(int(slot)) for slot in slots.split(",")]
     return None
-
-
-def _ipv6_on() -> bool:
-    try:
-        return Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").read_text().strip() == "0"
-    except FileNotFoundError:
-        return False

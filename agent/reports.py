@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import grpc
 
+from undermesh.agent import streams
 from undermesh.agent.backoff import Backoff
-from undermesh.agent.control import ControlPlane, ControlPlaneError
+from undermesh.agent.control import ControlPlane
 from undermesh.proto import report_pb2, report_pb2_grpc
 
 log = logging.getLogger(__name__)
-
-_SETTLED_SECONDS = 5.0  # a stream that lived this long resets the back-off
 
 
 @dataclass(frozen=True)
@@ -96,32 +94,16 @@ class Reporter:
 
     async def run(self) -> None:
         """Connects, and again whenever the stream ends, until cancelled."""
+        while self._number == 0:
+            await self._changed.wait()
+            self._changed.clear()
         backoff = Backoff(self._settings.backoff_first, self._settings.backoff_limit)
-        while True:
-            while self._number == 0:
-                await self._changed.wait()
-                self._changed.clear()
-            began = time.monotonic()
-            reason = await self._attempt()
-            if time.monotonic() - began > _SETTLED_SECONDS:
-                backoff.reset()
-            if self._connected or reason != self._error:
-                log.warning("no report stream: %s", reason)
-            self._connected, self._error = False, reason
-            await asyncio.sleep(backoff.next())
+        await streams.keep_up("report", self._control, backoff, self._stream, self._lost)
 
-    async def _attempt(self) -> str:
-        """One stream from its beginning to its end; returns why it ended."""
-        try:
-            await self._stream()
-        except grpc.aio.AioRpcError as error:
-            return str(self._control.explain(error))
-        except ControlPlaneError as error:
-            return str(error)
-        except Exception as error:
-            log.exception("the report stream failed in an unforeseen way")
-            return f"{type(error).__name__}: {error}; see the agent's log"
-        return f"control plane {self._control.settings.address} ended the stream: it may be restarting"
+    def _lost(self, reason: str) -> None:
+        if self._connected or reason != self._error:
+            log.warning("no report stream: %s", reason)
+        self._connected, self._error = False, reason
 
     async def _stream(self) -> None:
         sent: dict[int, int] = {}  # sequence of this stream -> number

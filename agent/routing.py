@@ -15,6 +15,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from pyroute2 import IPRoute, NetlinkError
@@ -217,7 +218,7 @@ def read(netlink: IPRoute, family: int, remembered_table: int | None = None) -> 
             routes.add(route)
     return FamilyState(
         family=family,
-        enabled=_enabled(family),
+        enabled=family == socket.AF_INET or ipv6_on(),
         rules=tuple(all_rules),
         routes=frozenset(routes),
         devices=_devices(netlink, family),
@@ -250,12 +251,10 @@ def _do(change: Callable[..., Any], verb: str, family: int, arguments: dict[str,
         raise RoutingError(f"the kernel refused to {verb} ({what}): {os.strerror(e.code)}; it is tried again") from e
 
 
-def _enabled(family: int) -> bool:
-    if family == socket.AF_INET:
-        return True
+def ipv6_on() -> bool:
+    """Whether the calling thread's namespace has IPv6: a kernel without it, or a sysctl against it, is no error."""
     try:
-        with open("/proc/sys/net/ipv6/conf/lo/disable_ipv6") as f:
-            return f.read().strip() == "0"
+        return Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").read_text().strip() == "0"
     except FileNotFoundError:
         return False
 

@@ -60,7 +60,7 @@ class Settings:
 
 def parse(arguments: Sequence[str] | None = None) -> Settings:
     """Reads the command line; argparse ends the process on a wrong one."""
-    parser = argparse.ArgumentParser(prog="undermesh.agent", description="Enrols the pods of one node into the mesh.")
+    parser = _Parser(prog="undermesh.agent", description="Enrols the pods of one node into the mesh.")
     parser.add_argument("--node", required=True, help="name of the Kubernetes node")
     parser.add_argument("--source", type=_source, required=True, help=source_option.HELP)
     parser.add_argument("--run-dir", type=Path, default=Path("/run/undermesh"))

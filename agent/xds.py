@@ -23,15 +23,15 @@ from pathlib import Path
 
 import grpc
 
+from undermesh.agent import streams
 from undermesh.agent.backoff import Backoff
-from undermesh.agent.control import ControlPlane, ControlPlaneError
+from undermesh.agent.control import ControlPlane
 from undermesh.agent.xds_state import MESSAGES, Batch, Resource, ResourceState, in_order
 from undermesh.proto import discovery_pb2, discovery_pb2_grpc
 
 log = logging.getLogger(__name__)
 
 _INVALID_ARGUMENT = 3  # google.rpc.Code
-_SETTLED_SECONDS = 5.0  # a stream that lived this long resets the back-off
 
 
 class Refused(Exception):
@@ -106,26 +106,7 @@ class XdsClient:
     async def run(self) -> None:
         """Connects, and again whenever the stream ends, until cancelled."""
         backoff = Backoff(self._settings.backoff_first, self._settings.backoff_limit)
-        while True:
-            began = time.monotonic()
-            reason = await self._attempt()
-            if time.monotonic() - began > _SETTLED_SECONDS:
-                backoff.reset()
-            self._lost(reason)
-            await asyncio.sleep(backoff.next())
-
-    async def _attempt(self) -> str:
-        """One stream from its beginning to its end; returns why it ended."""
-        try:
-            await self._stream()
-        except grpc.aio.AioRpcError as error:
-            return str(self._control.explain(error))
-        except ControlPlaneError as error:
-            return str(error)
-        except Exception as error:
-            log.exception("the xDS stream failed in an unforeseen way")
-            return f"{type(error).__name__}: {error}; see the agent's log"
-        return f"control plane {self._control.settings.address} ended the stream: it may be restarting"
+        await streams.keep_up("xDS", self._control, backoff, self._stream, self._lost)
 
     async def _stream(self) -> None:
         requests: asyncio.Queue[discovery_pb2.DeltaDiscoveryRequest] = asyncio.Queue()

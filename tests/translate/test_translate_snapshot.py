@@ -398,7 +398,7 @@ def test_equal_input_in_any_order_gives_equal_versions() -> None:
 def test_equal_input_gives_equal_bytes_in_every_process() -> None:
     script = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_snapshot import RICH, run\n"
+        "from test_translate_snapshot import RICH, run\n"
         "print(sorted((k.name, r.version) for k, r in run(*RICH).resources.items()))"
     )
     outputs = {
