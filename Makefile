@@ -20,6 +20,9 @@ export REPORT ?=
 # What needs root gets it from sudo; everything is built as the user who calls make.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PYTHONPATH,PYTHONDONTWRITEBYTECODE,REPORT,PATH)
 
+# The same for cargo's test programs: namespaces and PID 1 are tested for real.
+RUST_AS_ROOT := $(if $(AS_ROOT),--config "target.'cfg(unix)'.runner='sudo --preserve-env=PATH'")
+
 PROTOS := $(wildcard proto/*.proto)
 BPF_SOURCES := $(wildcard bpf/*.bpf.c)
 BPF_OBJECTS := $(BPF_SOURCES:bpf/%.bpf.c=$(BUILD)/bpf/%.bpf.o)
@@ -44,7 +47,7 @@ test-python: build ## Python, BPF and network namespace tests; ARGS='-k name'
 
 .PHONY: test-rust
 test-rust: $(BUILD)/.bootstrap ## ztunnel's and the CNI plugin's own tests
-	$(Q)cargo test --locked --profile fast --workspace --quiet
+	$(Q)cargo test --locked --profile fast --workspace --quiet $(RUST_AS_ROOT)
 
 .PHONY: test-kernel
 test-kernel: build ## the kernel-facing tests on Debian's 6.1 kernel, under qemu without KVM
