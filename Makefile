@@ -92,7 +92,7 @@ $(BUILD)/.bootstrap: tools/bootstrap.sh
 
 $(VENV)/.done: requirements.txt requirements-dev.txt requirements-alone.txt | $(BUILD)/.bootstrap
 	@echo 'python: installing into $(VENV)'
-	$(Q)python3 -m venv --clear $(VENV) && $(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(Q)"$$(tools/find_python.sh)" -m venv --clear $(VENV) && $(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(Q)$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-alone.txt
 	$(Q)touch $@
 

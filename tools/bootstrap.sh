@@ -19,7 +19,7 @@ as_root() {
 needs=(
 	clang:clang llvm-strip:llvm clang-format:clang-format protoc:protobuf-compiler bpftool:bpftool
 	/usr/include/bpf/bpf_helpers.h:libbpf-dev cc:build-essential cmake:cmake git:git ip:iproute2 nsenter:util-linux nft:nftables
-	tcpdump:tcpdump python3:python3 cpio:cpio busybox:busybox-static setcap:libcap2-bin sysctl:procps
+	tcpdump:tcpdump cpio:cpio busybox:busybox-static setcap:libcap2-bin sysctl:procps
 )
 export PATH="$HOME/.cargo/bin:/usr/sbin:/sbin:$PATH"
 missing=()
@@ -31,8 +31,7 @@ for need in "${needs[@]}"; do
 	*) command -v "$have" >/dev/null || missing+=("$package") ;;
 	esac
 done
-python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || missing+=(python3)
-python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
+"$(dirname "$0")/find_python.sh" >/dev/null 2>&1 || missing+=(python3 python3-venv)
 
 # The oldest Rust that the pinned crates accept; Cargo.toml says the same.
 rust_min=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$(dirname "$0")/../Cargo.toml")
