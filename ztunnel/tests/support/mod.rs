@@ -98,6 +98,8 @@ impl Drop for Node {
 impl Node {
     /// A ztunnel that has everything but pods.
     pub async fn start() -> Self {
+        // Hundreds of connections with both ends in this process: the usual soft limit is 1024.
+        ztunnel::sockets::raise_file_limit();
         let directory = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(directory.path().join("ztunnel.sock")).unwrap();
         let log = AccessLog::open(directory.path().join("access.log").to_str().unwrap()).unwrap();
