@@ -247,7 +247,7 @@ def test_what_is_applied_is_what_is_read_back(namespace: Netns, family: int) -> 
 
 @pytest.mark.root
 @pytest.mark.parametrize(
-    "selector", ["iif lo", "oif lo", "ipproto tcp", "sport 80", "dport 80", "uidrange 0-0", "from 10.0.0.0/8"]
+    "selector", ["iif lo", "oif lo", "ipproto 6", "sport 80", "dport 80", "uidrange 0-0", "from 10.0.0.0/8"]
 )
 def test_a_rule_that_selects_by_more_than_the_mark_is_not_taken_for_ours(namespace: Netns, selector: str) -> None:
     namespace.run("ip", "rule", "add", "pref", "1", "fwmark", hex(marks.CAPTURE), *selector.split(), "lookup", "1338")

@@ -64,7 +64,8 @@ TOKENS: dict[str, tuple[Make, str]] = {
     "expired": (_changed(exp=int(time.time()) - 60), "expired"),
     "no expiry": (_changed(exp=None), "exp"),
     "expiry is no number": (_changed(exp="never"), "exp"),
-    "not valid yet": (_changed(nbf=int(time.time()) + 120), "valid only in"),
+    # Counted from when the token is made: collection may be minutes before the test.
+    "not valid yet": (lambda keys: keys.sign(keys.claims("node-a", nbf=int(time.time()) + 120)), "valid only in"),
     "wrong issuer": (_changed(iss="https://elsewhere.example"), "issuer"),
     "other account": (_changed(sub="system:serviceaccount:shop:web"), "system:serviceaccount:shop:web"),
     "wrong key": (lambda keys: Keys().sign(keys.claims("node-a")), "Signature"),
