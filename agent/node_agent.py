@@ -11,7 +11,7 @@ import logging
 import os
 from typing import Any
 
-from undermesh.agent import cgroups, fd_store, features
+from undermesh.agent import cgroups, fd_store, features, health
 from undermesh.agent.api import Api
 from undermesh.agent.bpf import node_capture
 from undermesh.agent.certificates import CertificateManager, Issued, RootsChanged, Withdrawn
@@ -24,7 +24,6 @@ from undermesh.agent.object_source import open_source
 from undermesh.agent.pod_kernel import KernelContext
 from undermesh.agent.pod_record import PodRecords
 from undermesh.agent.pod_states import PodStates, from_kernel
-from undermesh.agent.pod_worker import State
 from undermesh.agent.reconciler import PodView, Reconciler
 from undermesh.agent.reports import Reporter
 from undermesh.agent.settings import Settings
@@ -210,53 +209,14 @@ class NodeAgent:
 
     def checks(self) -> list[Check]:
         settings = self.settings
-        checks = features.probe(settings.pin_dir, settings.cgroup_root, settings.bpf_dir)
-        status = self._xds.status()
-        checks.append(
-            Check(
-                "control plane",
-                status.connected,
-                f"{status.address}: " + ("connected" if status.connected else status.error or "not connected"),
-                "see the control plane's log; enrolled pods go on with the last state",
-            )
-        )
-        peer = self.link.peer
-        checks.append(
-            Check(
-                "ztunnel",
-                peer is not None,
-                f"{peer[1]}, pid {peer[2]}" if peer else "not connected",
-                "see the log of the ztunnel container; connections wait meanwhile",
-            )
-        )
-        problems = self._source.errors
-        checks.append(
-            Check(
-                "objects",
-                not problems,
-                "; ".join(str(problem) for problem in problems) or "all read",
-                "mend what is named: the last good state of it stands",
-            )
-        )
-        failing = [view for view in self.pods() if view.desired and view.state is not State.ENROLLED]
-        checks.append(
-            Check(
-                "pods",
-                not failing,
-                "; ".join(f"{v.pod.metadata.key}: {v.state}, {v.reason}" for v in failing) or "all as labelled",
-                "see `undermesh status`",
-            )
-        )
-        errors = self.certificate_errors()
-        checks.append(
-            Check(
-                "certificates",
-                not errors,
-                "; ".join(f"{identity}: {error}" for identity, error in errors.items()) or "all issued",
-                "see the control plane's log for the reason",
-            )
-        )
-        return checks
+        return [
+            *features.probe(settings.pin_dir, settings.cgroup_root, settings.bpf_dir),
+            health.control_plane(self._xds.status()),
+            health.ztunnel(self.link.peer),
+            health.objects(self._source.errors),
+            health.pods(self.pods()),
+            health.certificates(self.certificate_errors()),
+        ]
 
 
 def _resource(resource: Resource) -> wire.Resource:
