@@ -42,14 +42,14 @@ def cgroup_id(path: Path) -> int:
     return path.stat().st_ino
 
 
-def of_process(pid: int | str) -> str:
+def of_process(pid: int | str, proc: Path = Path("/proc")) -> str:
     """The cgroup2 path of a process, relative to the mount's root.
 
     Raises:
         CgroupError: the process is gone or has no cgroup2.
     """
     try:
-        text = Path(f"/proc/{pid}/cgroup").read_text()
+        text = (proc / str(pid) / "cgroup").read_text()
     except (FileNotFoundError, ProcessLookupError) as e:
         raise CgroupError(f"process {pid} is gone") from e
     for line in text.splitlines():
@@ -82,7 +82,7 @@ def pod_processes(below: str = "/", proc: Path = Path("/proc")) -> Mapping[str, 
     found: dict[str, list[int]] = {}
     for pid in _pids(proc):
         try:
-            cgroup = of_process(pid)
+            cgroup = of_process(pid, proc)
         except (CgroupError, PermissionError):
             continue
         if not _is_below(cgroup, below):
