@@ -59,7 +59,7 @@ def test_without_cgroup2_the_error_says_what_to_do() -> None:
 
 
 @pytest.fixture
-def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def proc(tmp_path: Path) -> Path:
     """Some processes: two of a pod, one of the system, one that has ended, and entries that are no processes."""
     groups = {
         "10": f"/kubepods.slice/kubepods-pod{UNDERSCORED}.slice/a.scope",
@@ -74,13 +74,6 @@ def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             (tmp_path / pid / "cgroup").write_text(f"1:cpu:/\n0::{group}\n")
     (tmp_path / "meminfo").touch()
 
-    def of_process(pid: int | str) -> str:
-        text = tmp_path / str(pid) / "cgroup"
-        if not text.exists():
-            raise CgroupError(f"process {pid} is gone")
-        return text.read_text().split("0::")[1].strip()
-
-    monkeypatch.setattr(cgroups, "of_process", of_process)
     return tmp_path
 
 
