@@ -37,8 +37,7 @@ static __always_inline void flow_of_packet(struct flow *flow, const struct bpf_s
 	flow->destination_port = ctx->local_port;
 }
 
-/* Fails closed: without the listener nothing passes. IPv4 clients try again, IPv6 answers them with a reset.
- */
+/* Fails closed: without the listener nothing passes. IPv4 clients try again, IPv6 ones are reset. */
 static __always_inline int steer(struct bpf_sk_lookup *ctx, __u32 slot)
 {
 	struct bpf_sock *sk;
