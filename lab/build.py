@@ -22,7 +22,17 @@ class Build:
 
     @property
     def ztunnel(self) -> Path:
-        return self.root / "rust/fast/ztunnel"
+        return self.programs / "ztunnel"
+
+    @property
+    def programs(self) -> Path:
+        """The directory of the Rust programs."""
+        return self.root / "rust/fast"
+
+    @property
+    def network_plugin(self) -> Path:
+        """The CNI plugin of the lab's nodes."""
+        return self.programs / "undermesh-lab-ptp"
 
     @property
     def bpf(self) -> Path:
@@ -32,5 +42,11 @@ class Build:
         """Raise PreconditionError, naming the first part that is not built."""
         if not self.ztunnel.exists():
             raise PreconditionError(f"{self.ztunnel} is not built: run `make build`", os.EX_UNAVAILABLE)
+        self.check_network()
         if not any(self.bpf.glob("*.bpf.o")):
             raise PreconditionError(f"no BPF objects in {self.bpf}: run `make build`", os.EX_UNAVAILABLE)
+
+    def check_network(self) -> None:
+        """Raise PreconditionError if nodes would have no network for pods."""
+        if not self.network_plugin.exists():
+            raise PreconditionError(f"{self.network_plugin} is not built: run `make build`", os.EX_UNAVAILABLE)

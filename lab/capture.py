@@ -24,7 +24,7 @@ class Capture:
 
     Args:
         name: the netns.
-        interface: the interface in it.
+        interface: the interface in it; empty: all of them.
         token: what to look for in the clear.
     """
 
@@ -33,7 +33,7 @@ class Capture:
         self._lock = threading.Lock()
         self._socket = netns.call(name, lambda: _open(interface))
         self._waker, self._woken = socket.socketpair()
-        self._thread = threading.Thread(target=self._read, name=f"capture-{interface}", daemon=True)
+        self._thread = threading.Thread(target=self._read, name=f"capture-{interface or 'all'}", daemon=True)
         self._thread.start()
 
     def observe(self) -> Observation:
@@ -70,6 +70,7 @@ class Capture:
 def _open(interface: str) -> socket.socket:
     opened = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
     opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
-    opened.bind((interface, _ETH_P_ALL))
+    if interface:
+        opened.bind((interface, _ETH_P_ALL))
     opened.setblocking(False)
     return opened

@@ -1,6 +1,6 @@
 """A cluster on this machine: nodes and pods as network namespaces, undermesh on top if wanted.
 
-    with Cluster(Path("lab/demo")) as cluster:                      # or: cluster.start(); ...; cluster.stop()
+    with Cluster(Path("tests/lab/cluster")) as cluster:                      # or: cluster.start(); ...; cluster.stop()
         server = cluster.spawn("orders", ["python3", "-m", "http.server", "8080"])
         cluster.exec("web", ["curl", "-s", "http://10.1.2.10:8080/"]).stdout
         cluster.start_mesh()                                        # control plane, agents, ztunnels
@@ -16,21 +16,17 @@ asyncio.to_thread. Root is needed. Processes can be debugged by `nsenter --net=/
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from http.client import HTTPConnection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from undermesh.agent import features
 from undermesh.lab import bpffs, cgroups, manifest, netns, network, services
+from undermesh.lab.agents import Agents
 from undermesh.lab.build import Build
 from undermesh.lab.commands import ip_batch, run
 from undermesh.lab.errors import LabError, PreconditionError
@@ -229,19 +225,7 @@ class Cluster:
         Raises:
             LabError: it has not in time; the message holds its status.
         """
-        status: dict[str, Any] = {}
-
-        def ready() -> bool:
-            self.mesh.check_alive()
-            status.clear()
-            status.update(self._status_or_error(node))
-            return bool(_connected(status, "ztunnel") and _connected(status, "control_plane"))
-
-        try:
-            wait_for(f"agent of {node} with ztunnel and control plane", seconds, ready)
-        except LabError as error:
-            said = {key: status[key] for key in ("ztunnel", "control_plane", "error") if key in status}
-            raise LabError(f"{error}; its status: {json.dumps(said)}") from error
+        self.agents.wait_ready(node, seconds)
 
     def wait_pods(self, namespace: str, state: str, seconds: float = 15.0) -> float:
         """Wait until every pod of the namespace is in `state` ("enrolled", "plain"); returns how long.
@@ -249,26 +233,8 @@ class Cluster:
         Raises:
             LabError: one is not in time; the message names it, its state and the agent's reason.
         """
-        wanted = {pod.uid: pod for pod in self.manifest.pods if pod.namespace == namespace}
-        started = time.monotonic()
-        missing: list[str] = []
-
-        def reached() -> bool:
-            self.mesh.check_alive()
-            seen = {pod["uid"]: pod for node in self.nodes for pod in self._status_or_error(node).get("pods", [])}
-            missing.clear()
-            for uid, pod in wanted.items():
-                status = seen.get(uid, {"state": "unknown to the agent"})
-                # A pod that is to be plain may be none of the agent's business.
-                if status["state"] != state and not (state == "plain" and uid not in seen):
-                    missing.append(f"{pod.name}: {status['state']} {status.get('reason') or ''}".strip())
-            return not missing
-
-        try:
-            wait_for(f"pods of {namespace} {state}", seconds, reached)
-        except LabError as error:
-            raise LabError(f"{error} ({'; '.join(missing)})") from error
-        return time.monotonic() - started
+        pods = {pod.uid: pod.name for pod in self.manifest.pods if pod.namespace == namespace}
+        return self.agents.wait_pods(pods, state, seconds)
 
     def wait_enrolled(self, namespace: str, seconds: float = 15.0) -> float:
         """Wait until every pod of the namespace is enrolled; returns the seconds it took."""
@@ -282,30 +248,18 @@ class Cluster:
         """Set labels of a Namespace in the source directory; None takes a label away."""
         self.source.label_namespace(namespace, labels)
 
+    @property
+    def agents(self) -> Agents:
+        """The agents' own view of their pods."""
+        return Agents(tuple(self.nodes), lambda node: self.nodes[node].run_dir / "agent.sock", self.mesh.check_alive)
+
     def agent_api(self, node: str, path: str) -> dict[str, Any]:
         """GET a path of the node's agent API, for example /v1/status.
 
         Raises:
             LabError: no agent answers.
         """
-        connection = _UnixConnection(self.nodes[node].run_dir / "agent.sock")
-        try:
-            connection.request("GET", path)
-            body = connection.getresponse().read()
-        except OSError as error:
-            raise LabError(f"agent of {node}: GET {path}: {error}; its log: {self.logs}/agent-{node}.log") from error
-        finally:
-            connection.close()
-        answer = json.loads(body)
-        if not isinstance(answer, dict):
-            raise LabError(f"agent of {node}: GET {path}: no JSON object: {body[:200]!r}")
-        return answer
-
-    def _status_or_error(self, node: str) -> dict[str, Any]:
-        try:
-            return self.agent_api(node, "/v1/status")
-        except LabError as error:
-            return {"error": str(error)}
+        return self.agents.get(node, path)
 
     def _place(self, node: manifest.Node) -> NodePlace:
         return NodePlace(
@@ -352,20 +306,3 @@ class Cluster:
         ip_batch(self.nodes[pod.node].netns, network.pod_link(pod, name))
         ip_batch(name, network.pod_commands(pod))
         self.spawn(pod.name, ["sleep", "infinity"], container="pause")
-
-
-class _UnixConnection(HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=5)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(os.fspath(self._path))
-
-
-def _connected(status: Mapping[str, Any], part: str) -> bool:
-    return bool(status.get(part, {}).get("connected"))

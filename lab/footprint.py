@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from undermesh.lab import bpffs, cgroups, netns
+from undermesh.lab.commands import run
 from undermesh.lab.errors import LabError, PreconditionError
 
 STATE_DIR = Path("/run/undermesh-lab")
@@ -38,6 +39,10 @@ class Footprint:
     namespaces: tuple[str, ...]
     directories: tuple[str, ...]
     """Run directory and pin directories."""
+    mounts: tuple[str, ...] = ()
+    """File systems of its own, unmounted before the directories go."""
+    name: str = ""
+    """What the user calls it; empty: nothing, as in tests."""
 
     def remove(self) -> None:
         """Kill the lab's processes and remove what is there; what is gone already is no error.
@@ -47,6 +52,7 @@ class Footprint:
         """
         steps: list[Callable[[], None]] = [partial(cgroups.remove, Path(self.cgroup))]
         steps += [partial(netns.delete, name) for name in self.namespaces]
+        steps += [partial(_unmount, target) for target in self.mounts]
         steps += [partial(_remove_tree, Path(directory)) for directory in self.directories]
         problems = []
         for step in steps:
@@ -66,13 +72,20 @@ class Claim:
 
         Raises:
             ToolError: bpffs cannot be mounted.
+            PreconditionError: a lab with that name is up.
         """
         self.footprint = footprint
         self._path = STATE_DIR / f"{footprint.prefix}.json"
         with _registry():
+            if footprint.name and footprint.name in {record.name for record in _records()}:
+                raise PreconditionError(
+                    f"a lab called {footprint.name} is there already: `undermesh lab down --name {footprint.name}` "
+                    "ends it, another --name makes a second one",
+                    os.EX_TEMPFAIL,
+                )
             self._file = self._path.open("x")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            json.dump(asdict(footprint), self._file)
+            json.dump({"owner": os.getpid(), **asdict(footprint)}, self._file)
             self._file.flush()
             _make_shared()
 
@@ -111,6 +124,36 @@ def clean_up_after_crashes() -> list[str]:
         if cleaned:
             _remove_shared()
     return cleaned
+
+
+@dataclass(frozen=True)
+class Record:
+    """A named lab in the registry."""
+
+    name: str
+    prefix: str
+    owner: int
+    """The process that keeps it, or kept it."""
+    alive: bool
+    """Whether that process lives; else the lab is to be cleaned up."""
+
+
+def named_labs() -> list[Record]:
+    """The labs that have names, by name."""
+    with _registry():
+        return _records()
+
+
+def _records() -> list[Record]:
+    """Call inside the registry's lock."""
+    found = []
+    for path in sorted(STATE_DIR.glob("*.json")):
+        with path.open() as file:
+            alive = not _try_lock(file)
+            record = json.loads(file.read() or "{}")
+        if record.get("name"):
+            found.append(Record(record["name"], record["prefix"], record["owner"], alive))
+    return sorted(found, key=lambda record: record.name)
 
 
 @contextmanager
@@ -203,7 +246,15 @@ def _read(path: Path) -> Footprint | None:
         cgroup=record["cgroup"],
         namespaces=tuple(record["namespaces"]),
         directories=tuple(record["directories"]),
+        mounts=tuple(record.get("mounts", ())),
+        name=record.get("name", ""),
     )
+
+
+def _unmount(target: str) -> None:
+    """Also what is mounted twice; what is no mount is left alone."""
+    while any(line.split()[1] == target for line in Path("/proc/mounts").read_text().splitlines()):
+        run(["umount", "--lazy", target])
 
 
 def _remove_tree(directory: Path) -> None:

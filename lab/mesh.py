@@ -82,9 +82,9 @@ class Part:
         self.process.send_signal(signal.SIGCONT)
 
     def ask_to_stop(self) -> None:
-        """SIGTERM, without waiting for what follows."""
+        """SIGINT, without waiting for what follows: unlike SIGTERM, it leaves open connections no grace."""
         if self.process.poll() is None:
-            self.process.terminate()
+            self.process.send_signal(signal.SIGINT)
 
     def stop(self, grace: float = 10.0) -> bool:
         """SIGTERM; returns whether it went by itself within `grace` seconds."""
@@ -153,7 +153,7 @@ class Mesh:
     def start_ztunnel(self, node: str) -> Part:
         """Start the node's ztunnel below its supervisor; it waits for the agent by itself."""
         place = self._nodes[node]
-        argv = [str(self._build.ztunnel), "supervise", "--", str(self._build.ztunnel), "run"]
+        argv = [str(self._build.ztunnel), "supervise", "--hand-over", "--", str(self._build.ztunnel), "run"]
         argv += ["--agent-socket", str(place.run_dir / "ztunnel.sock")]
         argv += ["--metrics", f"{place.address}:{METRICS_PORT}", "--health", f"{place.address}:{HEALTH_PORT}"]
         argv += ["--access-log", str(self.access_log(node)), "--workers", "2"]
@@ -166,10 +166,7 @@ class Mesh:
             LabError: the YAML has no agent pod on the node.
         """
         place = self._nodes[node]
-        token = self._state / f"token-{node}"
-        token.touch(mode=0o600)
-        token.write_text(self._issuer.issue(self._manifest, self._agent_pod(node)))
-        control_plane = next(iter(self._nodes.values()))
+        token = self.agent_token(node)
         argv = [str(self._build.ztunnel), "supervise", "--", sys.executable, "-m", "undermesh.agent"]
         argv += ["--node", node, "--source", str(self._source), "--run-dir", str(place.run_dir)]
         argv += ["--state-dir", str(place.run_dir / "state")]
@@ -182,9 +179,30 @@ class Mesh:
             "--ca-root",
             str(self._root_bundle),
         ]
-        argv += ["--control-plane", f"{control_plane.address}:{CONTROL_PLANE_PORT}"]
+        argv += ["--control-plane", self.control_plane]
         argv += ["--control-plane-name", CONTROL_PLANE_NAME]
         return self._start(f"agent-{node}", place.system("agent"), argv)
+
+    def agent_token(self, node: str) -> Path:
+        """A file with a fresh token of the node's agent.
+
+        Raises:
+            LabError: the YAML has no agent pod on the node.
+        """
+        token = self._state / f"token-{node}"
+        token.touch(mode=0o600)
+        token.write_text(self._issuer.issue(self._manifest, self._agent_pod(node)))
+        return token
+
+    @property
+    def control_plane(self) -> str:
+        """HOST:PORT of the control plane, reached from any node."""
+        return f"{next(iter(self._nodes.values())).address}:{CONTROL_PLANE_PORT}"
+
+    @property
+    def root_bundle(self) -> Path:
+        """The PEM file of the roots that the control plane's certificates lead to."""
+        return self._root_bundle
 
     def stop(self, name: str) -> bool:
         """Stop one part; returns whether it went by itself."""
@@ -234,7 +252,7 @@ class Mesh:
                 return pod
         raise LabError(
             f"node {node}: the YAML has no hostNetwork pod with service account {AGENT_ACCOUNT} on it; "
-            "lab/demo/undermesh-system.yaml shows one"
+            "tests/lab/cluster/undermesh-system.yaml shows one"
         )
 
 

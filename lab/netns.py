@@ -107,6 +107,11 @@ def set_sysctls(name: str, values: Mapping[str, str]) -> None:
     call(name, write)
 
 
+def read_sysctl(name: str, key: str) -> str:
+    """A sysctl inside the netns; the key as in /proc/sys, with slashes."""
+    return call(name, lambda: Path("/proc/sys", key).read_text().strip())
+
+
 def listeners(name: str) -> dict[int, tuple[str, int]]:
     """The listening TCP sockets of the netns: inode -> (address in the kernel's hex, port)."""
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from undermesh.lab import cgroups, netns, processes
@@ -45,7 +45,7 @@ def differences(before: Snapshot, after: Snapshot) -> list[str]:
 def take_netns(name: str) -> Snapshot:
     """A netns of the lab: links, addresses, rules, routes, packet filter, sysctls and sk_lookup programs."""
     seen: Snapshot = Counter()
-    seen.update(_ip_views(["ip", "-n", name]))
+    seen.update(_ip_views(netns.enter(name, ["ip"])))
     seen.update(("nftables", line) for line in _nft(netns.enter(name, ["nft", "list", "ruleset"])))
     seen.update(netns.call(name, lambda: list(_sysctls())))
     inode = netns.path(name).stat().st_ino
@@ -108,10 +108,15 @@ def _mounts(prefix: str) -> Iterator[str]:
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields, _, source = line.partition(" - ")
         target, kind = fields.split()[4], source.split()[0]
-        # Namespaces of other labs come and go.
+        # Namespaces of other labs come and go, and with the last of them the mount that holds them.
         other = kind == "nsfs" and not Path(target).name.startswith(prefix)
-        if not other and (kind in _MOUNT_KINDS or target == str(netns.NETNS_DIR)):
+        other |= target == str(netns.NETNS_DIR) and _holds_other_labs(prefix)
+        if not other and (kind in _MOUNT_KINDS or target == str(netns.NETNS_DIR) or f"/{prefix}" in target):
             yield f"{target} ({kind})"
+
+
+def _holds_other_labs(prefix: str) -> bool:
+    return any(path.name.startswith("um-") and not path.name.startswith(prefix) for path in _below(netns.NETNS_DIR))
 
 
 def _pins(prefix: str) -> Iterator[str]:
@@ -123,13 +128,18 @@ def _pins(prefix: str) -> Iterator[str]:
             yield from (str(path) for path in top.rglob("*"))
 
 
-def bpf_objects(prefix: str) -> dict[tuple[str, int], str]:
-    """The BPF objects that the lab `prefix` has pinned or holds open: (kind, id) -> name, to look for later."""
+def bpf_objects(prefix: str, nodes: Sequence[Sequence[str]] = ()) -> dict[tuple[str, int], str]:
+    """The BPF objects that the lab `prefix` has pinned or holds open: (kind, id) -> name, to look for later.
+
+    Args:
+        nodes: for each node with a bpffs of its own, the command line that enters it.
+    """
     held = set(_held_bpf_objects(prefix))
-    pins = f"{BPFFS}/{prefix}-"
+    views = [(_all_bpf_objects(), f"{BPFFS}/{prefix}-"), *((_all_bpf_objects(enter), f"{BPFFS}/") for enter in nodes)]
     return {
         key: name
-        for key, (name, paths) in _all_bpf_objects().items()
+        for objects, pins in views
+        for key, (name, paths) in objects.items()
         if key in held or any(path.startswith(pins) for path in paths)
     }
 
@@ -142,18 +152,18 @@ def bpf_left_over(known: Mapping[tuple[str, int], str]) -> list[str]:
     ]
 
 
-def _all_bpf_objects() -> dict[tuple[str, int], tuple[str, list[str]]]:
-    """(kind, id) -> (name, paths of its pins)."""
+def _all_bpf_objects(enter: Sequence[str] = ()) -> dict[tuple[str, int], tuple[str, list[str]]]:
+    """(kind, id) -> (name, paths of its pins), as seen behind the command line `enter`."""
     return {
         (kind, item["id"]): (f"{item.get('type', '')} {item.get('name', '')}".strip(), item.get("pinned", []))
         for kind in ("prog", "map", "link")
-        for item in json.loads(run(["bpftool", "-j", "-f", kind, "show"]))
+        for item in json.loads(run([*enter, "bpftool", "-j", "-f", kind, "show"]))
     }
 
 
 def _held_bpf_objects(prefix: str) -> Iterator[tuple[str, int]]:
     """Those that processes of the lab have open, by what /proc says of their FDs."""
-    for process in _marked(prefix):
+    for process in {*_marked(prefix), *_in_cgroup(prefix)}:
         for info in (process / "fdinfo").glob("*"):
             try:
                 text = info.read_text()
@@ -169,6 +179,13 @@ def _processes(prefix: str) -> Iterator[str]:
         except (FileNotFoundError, ProcessLookupError):
             continue
         yield f"pid {process.name}: {command.strip()}"
+
+
+def _in_cgroup(prefix: str) -> Iterator[Path]:
+    """The /proc directories of the processes in the lab's cgroups."""
+    root = cgroups.mount_point() / prefix
+    for group in [root, *root.rglob("*/")] if root.exists() else ():
+        yield from (Path("/proc", str(pid)) for pid in cgroups.processes(group))
 
 
 def _marked(prefix: str) -> Iterator[Path]:

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from undermesh.lab.apiserver import kubeconfig
 from undermesh.lab.apiserver.journal import JournalError
 from undermesh.lab.apiserver.server import ApiServer, Settings
 from undermesh.lab.apiserver.user import AUTHENTICATED, User
+from undermesh.lab.lifetime import asked_to_end
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -60,9 +60,7 @@ async def _run(options: argparse.Namespace) -> None:
         options.bookmark_interval,
         _users(options.token),
     )
-    ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    ended = asked_to_end()
     async with ApiServer(settings) as server:
         kubeconfig.save(options.kubeconfig, server.admin_kubeconfig())
         print(f"{server.url} KUBECONFIG={options.kubeconfig}", flush=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from undermesh.lab.apiserver import defaults, errors, structural, validation
+from undermesh.lab.apiserver import defaults, errors, limits, structural, validation
 from undermesh.lab.apiserver.addresses import Addresses, AllocationError
 from undermesh.lab.apiserver.catalog import Catalog, Custom
 from undermesh.lab.apiserver.decode import Decoder, strict_error
 from undermesh.lab.apiserver.definitions import check_definition, complete_definition
 from undermesh.lab.apiserver.errors import Object
 from undermesh.lab.apiserver.kinds import Kind
+from undermesh.lab.apiserver.quota import Quotas
 from undermesh.lab.apiserver.store import Store
 from undermesh.lab.apiserver.user import Write
 
@@ -26,6 +27,7 @@ class Admission:
         self._catalog = catalog
         self._addresses = addresses
         self._token_volumes = token_volumes
+        self.quotas = Quotas(store)
 
     def decode(self, kind: Kind, body: Any, write: Write, *, fill: bool = True) -> Object:
         """The body as an object of its own, checked against the schema. Raises ApiError 400.
@@ -103,6 +105,8 @@ class Admission:
                 self._admit_pod(obj)
             case "services":
                 self._allocate(kind, obj, None)
+            case "limitranges":
+                limits.complete(obj)
             case "customresourcedefinitions.apiextensions.k8s.io":
                 complete_definition(obj)
         status = defaults.initial_status(kind.resource, obj)
@@ -140,11 +144,25 @@ class Admission:
         if account is None:
             why = f'error looking up service account {metadata["namespace"]}/{name}: serviceaccount "{name}" not found'
             raise errors.forbidden("", "pods", metadata["name"], why)
+        limits.fill(obj, self._ranges(metadata["namespace"]))
         if not spec.get("imagePullSecrets") and account.obj.get("imagePullSecrets"):
             spec["imagePullSecrets"] = account.obj["imagePullSecrets"]
         wanted = spec.get("automountServiceAccountToken", account.obj.get("automountServiceAccountToken", True))
         if self._token_volumes and wanted:
             defaults.token_volume(obj, secrets.token_hex(3)[:5])
+
+    def admit_create(self, kind: Kind, obj: Object) -> None:
+        """What the namespace's LimitRanges and ResourceQuotas say of a valid new object. Raises ApiError 403."""
+        if kind.resource == "pods":
+            metadata = obj["metadata"]
+            found = limits.problems(obj, self._ranges(metadata["namespace"]))
+            if found:
+                text = found[0] if len(found) == 1 else f"[{', '.join(found)}]"
+                raise errors.forbidden("", "pods", metadata["name"], text)
+        self.quotas.admit(kind, obj)
+
+    def _ranges(self, namespace: str) -> list[Object]:
+        return [stored.obj for stored in self._store.items("limitranges", namespace)]
 
     def _allocate(self, kind: Kind, obj: Object, old: Object | None) -> None:
         try:

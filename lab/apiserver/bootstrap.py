@@ -182,6 +182,14 @@ class Bootstrap:
             "ports": [{"name": "https", "port": port, "protocol": "TCP"}],
         }
         self._ensure("discovery.k8s.io", "endpointslices", "default", body)
+        old = self._catalog.find("", "v1", "endpoints")
+        subsets = [{"addresses": [{"ip": address}], "ports": body["ports"]}]
+        mirrored = {"endpointslice.kubernetes.io/skip-mirror": "true"}
+        self._ensure(
+            "", "endpoints", "default", {"metadata": {"name": "kubernetes", "labels": mirrored}, "subsets": subsets}
+        )
+        if old is not None:
+            self._registry.mutate(old, ("default", "kubernetes"), lambda obj: obj.update({"subsets": subsets}))
         if kind is not None:
             parts = {"endpoints": body["endpoints"], "ports": body["ports"]}
             self._registry.mutate(kind, ("default", "kubernetes"), lambda obj: obj.update(parts))

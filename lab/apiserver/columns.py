@@ -320,13 +320,35 @@ def _budget(obj: Object) -> list[Any]:
     ]
 
 
+def _quota(obj: Object) -> list[Any]:
+    status = obj.get("status") or {}
+    hard, used = status.get("hard") or {}, status.get("used") or {}
+    words = {name: f"{name}: {used.get(name, '0')}/{value}" for name, value in sorted(hard.items())}
+    limits = ", ".join(text for name, text in words.items() if name.startswith("limits"))
+    return [
+        _name(obj),
+        ", ".join(text for name, text in words.items() if not name.startswith("limits")),
+        limits,
+        _age(obj),
+    ]
+
+
+def _target(metric: Object) -> str:
+    """A target of an autoscaler, whose current value is never known: there is no metrics server."""
+    resource = metric.get("resource") or {}
+    target = resource.get("target") or {}
+    percent = f"{target['averageUtilization']}%" if "averageUtilization" in target else ""
+    wanted = percent or target.get("averageValue") or target.get("value")
+    return f"{resource['name']}: <unknown>/{wanted}" if resource.get("name") and wanted else "<unknown>"
+
+
 def _hpa(obj: Object) -> list[Any]:
     spec, status = obj.get("spec") or {}, obj.get("status") or {}
     target = spec.get("scaleTargetRef") or {}
     return [
         _name(obj),
         f"{target.get('kind')}/{target.get('name')}",
-        "<unknown>" if spec.get("metrics") else NONE,
+        ", ".join(_target(metric) for metric in spec.get("metrics") or ()) or NONE,
         str(spec.get("minReplicas", "<unset>")),
         spec.get("maxReplicas", 0),
         status.get("currentReplicas", 0),
@@ -398,6 +420,8 @@ PRINTERS: dict[str, Printer] = {
     "secrets": _printer(
         "Name|Type|Data:integer|Age", lambda o: [_name(o), o.get("type", ""), len(o.get("data") or {}), _age(o)]
     ),
+    "resourcequotas": _printer("Name|Request|Limit|Age", _quota),
+    "limitranges": _printer("Name|Created At", _created),
     "serviceaccounts": _printer("Name|Age", lambda o: [_name(o), _age(o)]),
     "events": _printer(
         "Last Seen|Type|Reason|Object|Subobject+|Source+|Message|First Seen+|Count:integer+|Name+", _event

@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-from undermesh.lab.apiserver import discovery, errors, paths, rbac
+from undermesh.lab.apiserver import discovery, errors, paths, rbac, swagger
 from undermesh.lab.apiserver.admin import Admin
 from undermesh.lab.apiserver.authn import Authenticator
 from undermesh.lab.apiserver.catalog import Catalog
@@ -17,7 +17,7 @@ from undermesh.lab.apiserver.kinds import Kind
 from undermesh.lab.apiserver.negotiation import JSON, Media, choose, encode
 from undermesh.lab.apiserver.openapi import OpenApi
 from undermesh.lab.apiserver.paths import Target
-from undermesh.lab.apiserver.query import flag
+from undermesh.lab.apiserver.query import flag, named_in
 from undermesh.lab.apiserver.rbac import Attributes, Rbac
 from undermesh.lab.apiserver.resources import Call, Resources
 from undermesh.lab.apiserver.streams import Streams
@@ -27,6 +27,7 @@ from undermesh.lab.apiserver.user import AUTHENTICATED, User
 log = logging.getLogger(__name__)
 
 _HEALTH = ("/healthz", "/livez", "/readyz")
+_CHECKS = ("ping", "log", "etcd", "informer-sync", "poststarthook/rbac/bootstrap-roles")
 _OPENID = ("/.well-known/openid-configuration", "/openid/v1/jwks")
 _STREAMS = ("log", "exec", "attach", "portforward")
 
@@ -46,6 +47,15 @@ def verb_of(method: str, target: Target, *, watch: bool) -> str:
             if watch:
                 return "watch"
             return "get" if target.name else "list"
+
+
+def _health(path: str, *, verbose: bool) -> str:
+    """`ok`, or a line for each check; there are no others here, for the server answers only once all of it works."""
+    if not verbose:
+        return "ok"
+    name = path.split("/")[1]
+    checks = "".join(f"[+]{check} ok\n" for check in _CHECKS)
+    return f"{checks}{name} check passed\n"
 
 
 class Dispatcher:
@@ -97,14 +107,16 @@ class Dispatcher:
         user = self._impersonated(request, self._user(request))
         target = paths.parse(request.path)
         if target is None:
-            await self._faults.meet(request.method.lower(), request.path)
+            # The hand that made the trouble can always end it.
+            if not request.path.startswith("/lab/"):
+                await self._faults.meet(request.method.lower(), request.path)
             return await self._other(request, user)
         kind = self._catalog.find(target.group, target.version, target.plural)
         if kind is None:
             raise errors.no_such_path()
         watch = flag(request.query, "watch") or "/watch/" in request.path
         verb = verb_of(request.method, target, watch=watch)
-        self._authorize(user, kind, target, verb)
+        self._authorize(user, kind, target, verb, target.name or named_in(request.query))
         await self._faults.meet(verb, kind.resource)
         if target.subresource in _STREAMS and target.subresource in kind.subresources:
             return await self._streams.serve(request, target)
@@ -134,18 +146,17 @@ class Dispatcher:
             groups = ("system:serviceaccounts", f"system:serviceaccounts:{namespace}")
         return User(name, (*groups, AUTHENTICATED))
 
-    def _authorize(self, user: User, kind: Kind, target: Target, verb: str) -> None:
-        name = target.name
+    def _authorize(self, user: User, kind: Kind, target: Target, verb: str, name: str) -> None:
         attributes = Attributes(verb, kind.group, kind.plural, target.subresource, target.namespace, name)
-        if kind.resource == "namespaces" and name:
+        if kind.resource == "namespaces" and target.name:
             attributes = Attributes(verb, kind.group, kind.plural, target.subresource, name, name)
         if not self._rbac.allows(user, attributes)[0]:
-            raise errors.forbidden(kind.group, kind.plural, name, rbac.refusal(user, attributes))
+            raise errors.forbidden(kind.group, kind.plural, target.name, rbac.refusal(user, attributes))
 
     async def _other(self, request: web.BaseRequest, user: User) -> web.StreamResponse:
         path = request.path.rstrip("/") or "/"
         if path in _HEALTH or path.startswith(tuple(f"{health}/" for health in _HEALTH)):
-            return web.Response(text="ok")
+            return web.Response(text=_health(path, verbose="verbose" in request.query))
         attributes = Attributes(request.method.lower(), path=path)
         if not self._rbac.allows(user, attributes)[0]:
             text = f"forbidden: {rbac.refusal(user, attributes)}"
@@ -155,6 +166,9 @@ class Dispatcher:
         if request.method not in ("GET", "HEAD"):
             raise errors.no_such_path()
         accept = request.headers.get("Accept", "")
+        if path == "/openapi/v2" and any(media in accept for media in swagger.ACCEPTED):
+            headers = {"Content-Type": swagger.PROTOBUF, "Vary": "Accept"}
+            return web.Response(body=self._openapi.v2_protobuf(), headers=headers)
         aggregated = path in ("/api", "/apis") and "apidiscovery.k8s.io" in accept and choose(accept).aggregated
         document = self._document(path, aggregated=aggregated)
         if document is None:

@@ -195,6 +195,17 @@ BUILT_IN: tuple[Kind, ...] = (
         subresources=_S,
     ),
     _of(
+        "autoscaling",
+        "v1",
+        "autoscaling_v1",
+        "HorizontalPodAutoscaler",
+        "horizontalpodautoscalers",
+        "hpa",
+        categories=_ALL,
+        subresources=_S,
+        storage_version="v2",
+    ),
+    _of(
         "policy",
         "v1",
         "policy_v1",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from undermesh.lab.apiserver import swagger
 from undermesh.lab.apiserver.catalog import Catalog
 from undermesh.lab.apiserver.errors import Object
 from undermesh.lab.apiserver.kinds import Kind
@@ -210,6 +211,14 @@ class OpenApi:
                     for kind in self._catalog.kinds(group, version):
                         document.kind(kind, self._catalog.node(kind))
             info = {"title": "Kubernetes", "version": "v1.37.1"}
-            found = {"swagger": "2.0", "info": info, "paths": {}, "definitions": document.schemas}
+            definitions = {name: swagger.schema_of(schema) for name, schema in document.schemas.items()}
+            found = {"swagger": "2.0", "info": info, "paths": {}, "definitions": definitions}
             self._documents["v2"] = found
+        return found
+
+    def v2_protobuf(self) -> bytes:
+        """The same document as kubectl asks for it."""
+        found: bytes | None = self._kept("v2 protobuf")
+        if found is None:
+            found = self._documents["v2 protobuf"] = swagger.encode(self.v2())
         return found

@@ -21,6 +21,9 @@ MEDIA_TYPE = "application/vnd.kubernetes.protobuf"
 MAGIC = b"k8s\0"
 
 _OBJECT = "metadata spec status"
+_REQUIRED_AND_PREFERRED = (
+    "requiredDuringSchedulingIgnoredDuringExecution preferredDuringSchedulingIgnoredDuringExecution"
+)
 _NUMBERS: dict[str, str] = {
     "ObjectMeta": "name generateName namespace selfLink uid resourceVersion generation creationTimestamp "
     "deletionTimestamp deletionGracePeriodSeconds labels annotations ownerReferences finalizers 17:managedFields",
@@ -55,12 +58,72 @@ _NUMBERS: dict[str, str] = {
     "hostAliases priorityClassName priority dnsConfig shareProcessNamespace readinessGates runtimeClassName "
     "enableServiceLinks preemptionPolicy overhead topologySpreadConstraints ephemeralContainers setHostnameAsFQDN os "
     "hostUsers",
-    "PodSecurityContext": "",
+    "Pod": _OBJECT,
+    "PodSecurityContext": "seLinuxOptions runAsUser runAsNonRoot supplementalGroups fsGroup runAsGroup sysctls "
+    "windowsOptions fsGroupChangePolicy seccompProfile appArmorProfile supplementalGroupsPolicy",
+    "SeccompProfile": "type localhostProfile",
+    "Sysctl": "name value",
+    "SecurityContext": "capabilities privileged seLinuxOptions runAsUser runAsNonRoot readOnlyRootFilesystem "
+    "allowPrivilegeEscalation runAsGroup procMount windowsOptions seccompProfile appArmorProfile",
+    "Capabilities": "add drop",
+    "Toleration": "key operator value effect tolerationSeconds",
+    "HostAlias": "ip hostnames",
+    "PodDNSConfig": "nameservers searches options",
+    "PodDNSConfigOption": "name value",
+    "PodReadinessGate": "conditionType",
+    "Affinity": "nodeAffinity podAffinity podAntiAffinity",
+    "NodeAffinity": _REQUIRED_AND_PREFERRED,
+    "NodeSelector": "nodeSelectorTerms",
+    "NodeSelectorTerm": "matchExpressions matchFields",
+    "NodeSelectorRequirement": "key operator values",
+    "PreferredSchedulingTerm": "weight preference",
+    "PodAffinity": _REQUIRED_AND_PREFERRED,
+    "PodAntiAffinity": _REQUIRED_AND_PREFERRED,
+    "WeightedPodAffinityTerm": "weight podAffinityTerm",
+    "PodAffinityTerm": "labelSelector namespaces topologyKey namespaceSelector matchLabelKeys mismatchLabelKeys",
+    "TopologySpreadConstraint": "maxSkew topologyKey whenUnsatisfiable labelSelector minDomains nodeAffinityPolicy "
+    "nodeTaintsPolicy matchLabelKeys",
+    "Volume": "name *VolumeSource",
+    "VolumeSource": "hostPath emptyDir 6:secret 10:persistentVolumeClaim 16:downwardAPI 19:configMap 26:projected",
+    "HostPathVolumeSource": "path type",
+    "EmptyDirVolumeSource": "medium sizeLimit",
+    "SecretVolumeSource": "secretName items defaultMode optional",
+    "PersistentVolumeClaimVolumeSource": "claimName readOnly",
+    "DownwardAPIVolumeSource": "items defaultMode",
+    "DownwardAPIVolumeFile": "path fieldRef resourceFieldRef mode",
+    "ConfigMapVolumeSource": "*LocalObjectReference items defaultMode optional",
+    "ProjectedVolumeSource": "sources defaultMode",
+    "VolumeProjection": "secret downwardAPI configMap serviceAccountToken",
+    "SecretProjection": "*LocalObjectReference items 4:optional",
+    "ConfigMapProjection": "*LocalObjectReference items 4:optional",
+    "DownwardAPIProjection": "items",
+    "ServiceAccountTokenProjection": "audience expirationSeconds path",
+    "KeyToPath": "key path mode",
+    "VolumeMount": "name readOnly mountPath subPath mountPropagation subPathExpr recursiveReadOnly",
+    "EnvVarSource": "fieldRef resourceFieldRef configMapKeyRef secretKeyRef",
+    "ObjectFieldSelector": "apiVersion fieldPath",
+    "ResourceFieldSelector": "containerName resource divisor",
+    "ConfigMapKeySelector": "*LocalObjectReference key optional",
+    "SecretKeySelector": "*LocalObjectReference key optional",
+    "EnvFromSource": "prefix configMapRef secretRef",
+    "ConfigMapEnvSource": "*LocalObjectReference optional",
+    "SecretEnvSource": "*LocalObjectReference optional",
+    "Probe": "*ProbeHandler initialDelaySeconds timeoutSeconds periodSeconds successThreshold failureThreshold "
+    "terminationGracePeriodSeconds",
+    "ProbeHandler": "exec httpGet tcpSocket grpc",
+    "Lifecycle": "postStart preStop stopSignal",
+    "LifecycleHandler": "exec httpGet tcpSocket sleep",
+    "ExecAction": "command",
+    "HTTPGetAction": "path port host scheme httpHeaders",
+    "HTTPHeader": "name value",
+    "TCPSocketAction": "port host",
+    "GRPCAction": "port service",
+    "SleepAction": "seconds",
     "Container": "name image command args workingDir ports env resources volumeMounts livenessProbe readinessProbe "
     "lifecycle terminationMessagePath imagePullPolicy securityContext stdin stdinOnce tty envFrom "
     "terminationMessagePolicy volumeDevices startupProbe resizePolicy restartPolicy",
     "ContainerPort": "name hostPort containerPort protocol hostIP",
-    "EnvVar": "name value",
+    "EnvVar": "name value valueFrom",
     "ResourceRequirements": "limits requests",
     "Job": _OBJECT,
     "JobSpec": "parallelism completions activeDeadlineSeconds selector manualSelector template backoffLimit "
@@ -82,7 +145,7 @@ _NUMBERS: dict[str, str] = {
     "PodDisruptionBudget": _OBJECT,
     "PodDisruptionBudgetSpec": "minAvailable selector maxUnavailable unhealthyPodEvictionPolicy",
     "HorizontalPodAutoscaler": _OBJECT,
-    "HorizontalPodAutoscalerSpec": "scaleTargetRef minReplicas maxReplicas metrics",
+    "HorizontalPodAutoscalerSpec": "scaleTargetRef minReplicas maxReplicas metrics|targetCPUUtilizationPercentage",
     "CrossVersionObjectReference": "kind name apiVersion",
     "MetricSpec": "type 4:resource",
     "ResourceMetricSource": "name target",
@@ -110,7 +173,8 @@ _NUMBERS: dict[str, str] = {
     "SelfSubjectRulesReview": _OBJECT,
     "SelfSubjectRulesReviewSpec": "namespace",
 }
-"""Fields in the order of their numbers; `17:name` jumps to a number, `*Name` is a message whose fields JSON inlines."""
+"""Fields in the order of their numbers; `17:name` jumps to a number, `*Name` is a message whose fields JSON inlines,
+`a|b` is the one that the version has."""
 
 _BYTES = frozenset({"Secret.data", "ConfigMap.binaryData"})
 
@@ -213,6 +277,7 @@ def _message(node: Node, name: str, data: bytes) -> Object:
         key = table.get(number)
         if key is None:
             raise _Malformed(f"field {number} of {name}")
+        key = next((one for one in key.split("|") if one in node.fields), key)
         if key == "status":
             # Clients that write protobuf create objects; the server makes their status.
             continue
@@ -263,6 +328,7 @@ _ZERO_IS_ABSENT = frozenset(
         "publishNotReadyAddresses",
         "stdin",
         "stdinOnce",
+        "readOnly",
         "tty",
     }
 )
@@ -290,7 +356,7 @@ _OTHER_MODELS = {
 
 def _model(api_version: str, kind: str) -> str:
     group = api_version.rpartition("/")[0]
-    found = next((k.model for k in BUILT_IN if (k.group, k.kind) == (group, kind)), "")
+    found = next((k.model for k in BUILT_IN if (k.api_version, k.kind) == (api_version, kind)), "")
     if kind == "DeleteOptions":
         return "meta_v1.DeleteOptions"
     return found or _OTHER_MODELS.get((group, kind), "")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from undermesh.lab.apiserver.errors import Cause, bad_request, invalid
 from undermesh.lab.apiserver.selectors import FieldTerm, Requirement, Selection, parse_fields, parse_labels, selection
 
+_NAMED = re.compile(r"(?:^|,)metadata\.name==?([^,=!]+)(?=,|$)")
 _TRUE = ("true", "1", "True", "t", "T", "TRUE")
 
 
@@ -26,6 +28,12 @@ def number(query: Mapping[str, str], name: str) -> int | None:
         return int(text)
     except ValueError as error:
         raise bad_request(f'strconv.ParseInt: parsing "{text}": invalid syntax for {name}') from error
+
+
+def named_in(query: Mapping[str, str]) -> str:
+    """The one object that the field selector names, by which RBAC judges lists and watches; else empty."""
+    found = _NAMED.search(query.get("fieldSelector", ""))
+    return found.group(1) if found else ""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from undermesh.lab.apiserver.user import Write
 
 FOREGROUND = "foregroundDeletion"
 ORPHAN = "orphan"
+_IMMORTAL = ("default", "kube-public", "kube-system")
 _SUFFIX = "bcdfghjklmnpqrstvwxz2456789"
 """Letters of generated names: none that could form words."""
 
@@ -74,6 +75,7 @@ class Registry:
         key = (namespace, metadata["name"])
         if self.store.get(storage_resource(kind), key) is not None:
             raise errors.already_exists(kind.group, kind.plural, metadata["name"])
+        self._admission.admit_create(stored_kind, obj)
         return self._put(kind, key, obj, write)
 
     def update(self, kind: Kind, namespace: str, name: str, change: Change, write: Write) -> Stored:
@@ -118,6 +120,8 @@ class Registry:
     def delete(self, kind: Kind, namespace: str, name: str, options: Object, write: Write) -> tuple[Stored, bool]:
         """Delete, or begin to; the second value says whether the object is gone. Raises ApiError."""
         current = self.get(kind, namespace, name)
+        if kind.resource == "namespaces" and name in _IMMORTAL:
+            raise errors.forbidden(kind.group, kind.plural, name, "this namespace may not be deleted")
         self._check_preconditions(kind, current.obj, options.get("preconditions") or {})
         metadata = current.obj["metadata"]
         finalizers = self._deletion_finalizers(metadata, options)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +83,11 @@ class Settings:
     issuer: str = ISSUER
     token_volumes: bool = True
     """Whether pods get the volume with their account's token."""
+    sockets: Sequence[socket.socket] = ()
+    """Bound sockets to listen on in place of host and port, in whatever network namespace they are; clients on
+    this machine use the first."""
+    advertised: tuple[str, int] | None = None
+    """Address and port where clients in the cluster find it; None: where it listens."""
 
 
 class ApiServer:
@@ -98,6 +105,7 @@ class ApiServer:
         self.catalog = Catalog()
         self._addresses = Addresses(settings.service_cidrs)
         admission = Admission(self.store, self.catalog, self._addresses, token_volumes=settings.token_volumes)
+        self._quotas = admission.quotas
         self.registry = Registry(self.store, self.catalog, admission)
         self.tokens = Tokens(private_key(settings.state / "service-accounts.key"), self.store, issuer=settings.issuer)
         self.faults = Faults()
@@ -140,6 +148,7 @@ class ApiServer:
             self._addresses.observe,
             self._collector.observe,
             self._bootstrap.observe,
+            self._quotas.observe,
         ):
             self.store.observe(observer)
         self._bootstrap.create()
@@ -150,6 +159,7 @@ class ApiServer:
         settings = self.settings
         cluster_ip = str(next(iter(self._cluster_ips())))
         names = [settings.host, *settings.names, "localhost", "127.0.0.1", "::1", *self._cluster_ips()]
+        names += [found.getsockname()[0] for found in settings.sockets]
         names += ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"]
         server = web.Server(
             self._dispatcher.handle, request_factory=_request, handler_cancellation=True, access_log=None
@@ -157,13 +167,21 @@ class ApiServer:
         self._runner = web.ServerRunner(server, shutdown_timeout=1.0)
         await self._runner.setup()
         context = self.authority.server_context(list(dict.fromkeys(names)))
-        site = web.TCPSite(self._runner, settings.host, settings.port, ssl_context=context, backlog=_BACKLOG)
-        await site.start()
+        for site in self._sites(self._runner, context):
+            await site.start()
         host, port = self._runner.addresses[0][:2]
         if host in _ANY:
             host = next(iter(settings.names), "::1" if ":" in host else "127.0.0.1")
         self._dispatcher.url = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+        if settings.advertised is not None:
+            host, port = settings.advertised
         self._bootstrap.publish(host, port, cluster_ip)
+
+    def _sites(self, runner: web.ServerRunner, context: ssl.SSLContext) -> list[web.BaseSite]:
+        settings = self.settings
+        if settings.sockets:
+            return [web.SockSite(runner, found, ssl_context=context, backlog=_BACKLOG) for found in settings.sockets]
+        return [web.TCPSite(runner, settings.host, settings.port, ssl_context=context, backlog=_BACKLOG)]
 
     def _cluster_ips(self) -> list[str]:
         return self._addresses.first()

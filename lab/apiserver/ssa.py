@@ -6,7 +6,7 @@ https://kubernetes.io/docs/reference/using-api/server-side-apply/#merge-strategy
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,7 +141,7 @@ def apply(
     if not force and any(conflict.path not in yielded for conflict in conflicts):
         raise conflict_error(conflicts)
     if mine is not None:
-        merged = remove(merged, lost(mine.fields - wanted, others), node)
+        merged = remove(merged, lost(mine.fields - _with_ancestors(wanted), others), node)
     _, gone = changes(live, merged, node)
     taken = {(conflict.manager.identity, conflict.path) for conflict in conflicts}
     left = []
@@ -150,6 +150,11 @@ def apply(
         left.append(manager if fields == manager.fields else replace(manager, fields=fields))
     time = mine.time if mine is not None and mine.fields == wanted and mine.api_version == by.api_version else by.time
     return merged, [*left, replace(by, fields=wanted, time=time)]
+
+
+def _with_ancestors(paths: Iterable[Path]) -> frozenset[Path]:
+    """A map that updates recorded as a field of its own stays while the applier still wants one of its entries."""
+    return frozenset(path[:length] for path in paths for length in range(1, len(path) + 1))
 
 
 def _holder(manager: Manager) -> str:

@@ -51,7 +51,7 @@ class Streams:
         if not attach and not command:
             raise errors.bad_request("you must specify at least 1 command for the container")
         phase = (pod.get("status") or {}).get("phase")
-        if phase in ("Succeeded", "Failed"):
+        if not attach and phase in ("Succeeded", "Failed"):
             raise errors.bad_request(f"cannot exec into a container in a completed pod; current phase is {phase}")
         return ExecOptions(
             container_of(pod, query.get("container", "")),

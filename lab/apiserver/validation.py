@@ -6,6 +6,7 @@ https://kubernetes.io/docs/concepts/overview/working-with-objects/names/ gives t
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -59,7 +60,7 @@ def _spelled(value: Any) -> str:
         return f'"{value}"'
     if isinstance(value, bool):
         return "true" if value else "false"
-    return "null" if value is None else str(value)
+    return json.dumps(value, separators=(",", ":"))
 
 
 def invalid_value(field: str, value: Any, why: str) -> Cause:

@@ -136,7 +136,8 @@ class Watches:
                     continue
                 limit = min(deadline, next_bookmark) if options.bookmarks else deadline
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(running.wake.wait(), limit - now)
+                    async with asyncio.timeout(limit - now):
+                        await running.wake.wait()
                 await asyncio.sleep(max(0.0, written + _PAUSE - time.monotonic()))
             if options.bookmarks and not running.ended:
                 yield _bookmark(scope.kind, sent, {})

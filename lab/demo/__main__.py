@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shlex
 import shutil
 import signal
@@ -19,9 +18,10 @@ from undermesh.lab.build import Build
 from undermesh.lab.demo import preconditions
 from undermesh.lab.demo.report import Report
 from undermesh.lab.demo.scenes import SCENES, removal
-from undermesh.lab.demo.stage import Stage
+from undermesh.lab.demo.stage import OBJECTS, Stage
 from undermesh.lab.errors import LabError, PreconditionError
 from undermesh.lab.footprint import clean_up_after_crashes, only_demo
+from undermesh.lab.kube import inside
 from undermesh.lab.mesh import tail
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -96,7 +96,7 @@ async def _run(build: Build, report: Report, *, hold: bool, keep_logs: Path | No
 async def _play(stage: Stage, *, hold: bool) -> None:
     """Every scene in order. What ends the demo early becomes its last row, unless it cannot run here at all."""
     report, cluster = stage.report, stage.cluster
-    report.say(f"laying out two nodes and {len(cluster.manifest.pods)} pods ({cluster.prefix})")
+    report.say(f"a Kubernetes of two nodes, made of namespaces ({stage.prefix})")
     try:
         await stage.enter()
         for scene in SCENES:
@@ -104,7 +104,7 @@ async def _play(stage: Stage, *, hold: bool) -> None:
                 await _hold(stage)
             await scene(stage)
     except asyncio.CancelledError:
-        cluster.kill()
+        cluster.give_up()
         raise
     except PreconditionError:
         raise
@@ -117,13 +117,16 @@ async def _play(stage: Stage, *, hold: bool) -> None:
 async def _hold(stage: Stage) -> None:
     """Wait for Enter or SIGINT, with everything still in place."""
     print("\nEverything is still there. Look around from another terminal, as root:")
-    for node, place in stage.cluster.nodes.items():
-        print(f"  # {node}")
+    print(f"  export KUBECONFIG={stage.cluster.kubeconfig}")
+    print(f"  {stage.cluster.kubectl_program} get pods -A -o wide")
+    for node in stage.cluster.layout.nodes:
+        enter = f"nsenter --target={inside.init_of(node)} --mount --uts --net --cgroup"
+        print(f"  # {node.name}")
         for verb in ("check", "status", "connections", "policies", "certs"):
-            print(f"  {_cli(place.run_dir)} {verb}")
-    for pod in stage.cluster.manifest.pods:
-        print(f"  nsenter --net=/run/netns/{stage.cluster.netns(pod.name)} bash   # as in pod {pod.name}")
-    print(f"  ls {stage.cluster.source.path} {stage.cluster.logs}")
+            print(f"  {enter} {_cli(stage.cluster.layout.build)} {verb}")
+    for pod in stage.world.pods.values():
+        print(f"  nsenter --net={stage.netns(pod)} bash   # as in pod {pod.name}")
+    print(f"  ls {OBJECTS} {stage.cluster.logs}")
     print("Enter or Ctrl-C goes on and removes everything.", flush=True)
     go_on = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -137,10 +140,8 @@ async def _hold(stage: Stage) -> None:
     loop.add_signal_handler(signal.SIGINT, lambda: None)
 
 
-def _cli(run_dir: Path) -> str:
-    variables = {"UNDERMESH_RUN_DIR": str(run_dir), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items() if value)
-    return f"{settings} {shlex.quote(sys.executable)} -m undermesh.cli"
+def _cli(build: Path) -> str:
+    return f"env PYTHONPATH={shlex.quote(str(build / 'py'))} {shlex.quote(sys.executable)} -m undermesh.cli"
 
 
 def _show_logs(logs: Path) -> None:

@@ -123,8 +123,8 @@ async def reasons(stage: Stage, name: str, log: AccessLog) -> None:
             for entry in log.entries()
             if "shop/deny-batch" in str(entry.get("error")) and entry.get("src.identity") == account
         ]
-        node = stage.cluster.nodes[stage.server_node]
-        metrics = await stage.call(telemetry.scrape, node.netns, node.address, METRICS_PORT)
+        node = stage.server_node
+        metrics = await stage.call(telemetry.scrape, node.netns, node.addresses[0], METRICS_PORT)
         return lines, telemetry.total(metrics, DENIED, {"response_flags": "DENY"})
 
     lines, count = await until(PATIENCE, look, lambda found: bool(found[0]) and found[1] > 0)

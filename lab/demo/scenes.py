@@ -8,12 +8,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from undermesh.lab import netns
-from undermesh.lab.cluster import ENROL_LABEL
 from undermesh.lab.demo import judges
 from undermesh.lab.demo.judges import SETTLE, gather, until
-from undermesh.lab.demo.stage import HERE, NAMESPACE, Stage
+from undermesh.lab.demo.stage import GUEST, NAMESPACE, OBJECTS, Stage
 from undermesh.lab.demo.traffic import SERVERS, broken, first_few
 
+ENROL = "istio.io/dataplane-mode"
 LONGEST_WAIT = 5.0
 """Seconds that a new connection may take while a ztunnel is replaced."""
 
@@ -30,7 +30,7 @@ async def plain(stage: Stage) -> None:
         not wrong,
         len(short) + len(lasting) - len(wrong),
         "connections",
-        first_few(wrong) or f"{len(stage.targets)} ways to 3 servers, IPv4 and IPv6, by pod and by service",
+        first_few(wrong) or f"{len(stage.web.targets)} ways to 3 servers, IPv4 and IPv6, by pod and by service",
     )
     missing = [
         f"{server}/IPv{family}"
@@ -49,13 +49,20 @@ async def plain(stage: Stage) -> None:
 
 async def enrol(stage: Stage) -> None:
     """2: the namespace is enrolled while connections are open."""
-    stage.report.say("2  starting the control plane, and agent and ztunnel on both nodes")
-    await stage.call(stage.cluster.start_mesh)
-    stage.report.say("2  labelling the namespace while the connections of row 1 are open")
-    stage.cluster.label_namespace(NAMESPACE, {ENROL_LABEL: "enabled"})
-    seconds = await stage.call(stage.cluster.wait_enrolled, NAMESPACE)
-    pods = len(stage.cluster.manifest.pods)
-    stage.report.row("2 every pod of the namespace is enrolled", True, seconds, "s", f"{pods} pods, none restarted")
+    stage.report.say("2  helm install: the mesh, control plane and DaemonSet")
+    await stage.call(stage.cluster.install_mesh)
+    stage.report.say(f"2  kubectl label namespace {NAMESPACE} {ENROL}=ambient, while the connections of row 1 are open")
+    await stage.kubectl("label", "namespace", NAMESPACE, f"{ENROL}=ambient")
+    seconds = await stage.call(stage.wait_shop, "enrolled")
+    now = await stage.call(stage.look)
+    other = [app for app, pod in stage.world.pods.items() if now.pods.get(app) != pod]
+    stage.report.row(
+        "2 every pod of the namespace is enrolled",
+        not other,
+        seconds,
+        "s",
+        f"replaced or restarted: {', '.join(other)}" if other else f"{len(stage.shop)} pods, none restarted",
+    )
     await judges.open_ones(stage, "2 connections that were open then: none breaks", "old", stage.clients)
     wrong = broken(await gather(client.end("old") for client in stage.clients))
     stage.report.row("2 and each ends as it should", not wrong, len(wrong), "broken", first_few(wrong))
@@ -64,7 +71,7 @@ async def enrol(stage: Stage) -> None:
 async def encrypted(stage: Stage) -> None:
     """3: new connections go through mTLS, with both identities."""
     stage.report.say("3  the same conversations again, all new")
-    logs = {node: stage.access_log(node) for node in stage.cluster.nodes}
+    logs = {node: await stage.call(stage.access_log, node) for node in stage.nodes}
     await stage.call(stage.capture.observe)
     for log in logs.values():
         log.mark()
@@ -92,20 +99,21 @@ async def encrypted(stage: Stage) -> None:
     judges.no_plaintext(stage, "3 and no token, nothing between pods outside of TLS", seen)
     judges.true_addresses(stage, "3 the servers see the clients' own addresses", outcomes)
     await judges.identities(stage, "3 the access logs name both identities, both ways", logs)
+    await _visit(stage)
 
 
 async def policy(stage: Stage) -> None:
     """4: a policy denies one service account."""
-    stage.report.say("4  a policy denies the service account of batch")
-    log = stage.access_log(stage.server_node)
+    stage.report.say("4  kubectl apply: an AuthorizationPolicy that denies the service account of batch")
+    log = await stage.call(stage.access_log, stage.server_node.name)
     log.mark()
     started = time.monotonic()
-    stage.cluster.write("deny-batch.yaml", (HERE / "later/deny-batch.yaml").read_text())
+    await stage.kubectl("apply", f"--filename={OBJECTS / 'deny-batch.yaml'}")
     cut = await until(5, lambda: stage.batch.report("mesh"), lambda found: not any(outcome.open for outcome in found))
     still = [str(outcome.target) for outcome in cut if outcome.open]
     stage.report.row(
         "4 its open connections are cut",
-        not still and len(cut) == len(stage.targets),
+        not still and len(cut) == len(stage.web.targets),
         time.monotonic() - started,
         "s",
         f"still open: {', '.join(still)}" if still else f"{len(cut)} connections: {judges.errors(cut)}",
@@ -135,7 +143,7 @@ async def crashes(stage: Stage) -> None:
     """5: ztunnel and agent are killed."""
     await gather([stage.web.end("mesh"), stage.batch.end("mesh")])
     await stage.call(stage.capture.observe)
-    for node in stage.cluster.nodes:
+    for node in stage.nodes:
         await _kill_ztunnel(stage, node)
     await _kill_agents(stage)
     seen = await stage.call(stage.capture.observe)
@@ -147,13 +155,13 @@ async def removal(stage: Stage) -> None:
     await stage.call(stage.remember_bpf)
     looks = (stage.pod_differences, stage.mesh_left_over, stage.host_differences)
     pods, mesh, host = [len(await stage.call(look)) for look in looks]
-    stage.report.say("6  taking the label away while connections are open")
+    stage.report.say(f"6  kubectl label namespace {NAMESPACE} {ENROL}-, while connections are open")
     await stage.web.open("last")
-    stage.cluster.label_namespace(NAMESPACE, {ENROL_LABEL: None})
+    await stage.kubectl("label", "namespace", NAMESPACE, f"{ENROL}-")
     await asyncio.sleep(SETTLE)
     await judges.open_ones(stage, "6 connections in tunnels outlive the enrolment", "last", [stage.web])
     await stage.web.end("last")
-    seconds = await stage.call(stage.cluster.wait_pods, NAMESPACE, "plain")
+    seconds = await stage.call(stage.wait_shop, "plain")
     wrong = broken(await gather(client.once() for client in stage.clients))
     stage.report.row(
         "6 every pod is plain again, and the apps talk as before",
@@ -162,15 +170,14 @@ async def removal(stage: Stage) -> None:
         "s",
         first_few(wrong) or "after the last connection closed",
     )
-    stage.report.say("6  stopping and removing everything")
-    killed = await stage.call(stage.cluster.mesh.stop_all)
-    stage.report.row("6 every part stops by itself", not killed, len(killed), "killed", ", ".join(killed))
+    stage.report.say("6  helm uninstall")
+    seconds = await stage.call(stage.remove_mesh)
+    parts = await until(30, partial(stage.call, stage.mesh_parts), lambda found: not found)
+    stage.report.row("6 helm uninstall ends every part", not parts, seconds, "s", ", ".join(parts))
     changed = await stage.call(stage.pod_differences)
     judges.same(stage, "6 the pods' links, rules, routes, sysctls, programs are as before", changed, pods)
-    for node in stage.cluster.nodes:
-        await stage.call(stage.cluster.uninstall, node)
     left = await until(5, partial(stage.call, stage.mesh_left_over), lambda found: not found)
-    judges.same(stage, "6 no pin and no BPF object of the mesh is left", left, mesh)
+    judges.same(stage, "6 no pin, no file and no BPF object of the mesh is left", left, mesh)
     await stage.leave()
     changed = await until(5, partial(stage.call, stage.host_differences), lambda found: not found)
     judges.same(stage, "6 the machine's links, pins, processes, cgroups, mounts ... are as before", changed, host)
@@ -181,14 +188,14 @@ SCENES: Sequence[Callable[[Stage], Awaitable[None]]] = (plain, enrol, encrypted,
 
 async def _kill_ztunnel(stage: Stage, node: str) -> None:
     stage.report.say(f"5  killing ztunnel on {node}")
-    part = stage.cluster.mesh.parts[f"ztunnel-{node}"]
+    part = await stage.call(stage.supervised, node, "ztunnel")
     pid = await stage.call(part.kill_child)
     rounds = []
     for _ in range(4):
         rounds.append(asyncio.create_task(stage.web.once(count=1)))
         await asyncio.sleep(0.1)
     outcomes = await gather(rounds)
-    await stage.call(stage.cluster.wait_ready, node)
+    await stage.call(stage.wait_ready, node)
     wrong, wait = broken(outcomes), max(outcome.seconds for outcome in outcomes)
     stage.report.row(
         f"5 ztunnel killed on {node}: new connections wait and go through",
@@ -204,7 +211,7 @@ async def _kill_agents(stage: Stage) -> None:
     stage.report.say("5  killing the agents on both nodes")
     before = await stage.call(_listeners, stage)
     await stage.web.open("agents")
-    parts = [stage.cluster.mesh.parts[f"agent-{node}"] for node in stage.cluster.nodes]
+    parts = [await stage.call(stage.supervised, node, "agent") for node in stage.nodes]
     try:
         for part in parts:
             await stage.call(partial(part.kill_child, hold=True))
@@ -213,18 +220,18 @@ async def _kill_agents(stage: Stage) -> None:
         wrong = [*broken(fresh), *broken(await stage.web.report("agents"))]
     finally:
         for part in parts:
-            part.let_go()
+            await stage.call(part.let_go)
     stage.report.row(
         "5 agents killed: nothing happens to open and new connections",
         not wrong,
         len(wrong),
         "broken",
-        first_few(wrong) or f"{len(fresh)} new, {len(stage.targets)} open",
+        first_few(wrong) or f"{len(fresh)} new, {len(stage.web.targets)} open",
     )
     started = time.monotonic()
-    for node in stage.cluster.nodes:
-        await stage.call(stage.cluster.wait_ready, node)
-    await stage.call(stage.cluster.wait_enrolled, NAMESPACE)
+    for node in stage.nodes:
+        await stage.call(stage.wait_ready, node)
+    await stage.call(stage.wait_shop, "enrolled")
     seconds = time.monotonic() - started
     changed = [name for name, found in (await stage.call(_listeners, stage)).items() if found != before[name]]
     wrong = [*broken(await stage.web.once()), *broken(await stage.web.end("agents"))]
@@ -237,6 +244,19 @@ async def _kill_agents(stage: Stage) -> None:
     )
 
 
+async def _visit(stage: Stage) -> None:
+    """The namespace without the label: its pod is as before, and reaches the shop, as policy allows."""
+    outcomes = await stage.guest.once()
+    changed = [line for line in await stage.call(stage.pod_differences) if line.startswith(f"{GUEST}:")]
+    wrong = broken(outcomes)
+    stage.report.row(
+        "3 a pod of another namespace is left alone, and reaches the shop",
+        bool(outcomes) and not wrong and not changed,
+        len(outcomes) - len(wrong),
+        "connections",
+        first_few(wrong) or "; ".join(changed[:2]) or "in plaintext: no policy forbids it",
+    )
+
+
 def _listeners(stage: Stage) -> dict[str, dict[int, tuple[str, int]]]:
-    pods = [stage.cluster.netns(pod.name) for pod in stage.cluster.manifest.pods]
-    return {name: netns.listeners(name) for name in pods}
+    return {pod.name: netns.listeners(stage.netns(pod)) for pod in stage.shop}

@@ -12,11 +12,15 @@ from typing import Any
 from undermesh.lab import netns
 from undermesh.lab.errors import LabError
 
+_CONTAINER_LINE = re.compile(rb"\d{4}-\S+ (stdout|stderr) [FP] ")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 class AccessLog:
-    """The lines that were written to an access log since `mark`."""
+    """The lines that were written to an access log since `mark`: a file, or the log of a container.
+
+    A container's log has a time and a stream before each line (the format of CRI); only standard output counts.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -38,9 +42,17 @@ class AccessLog:
             file.seek(self._offset)
             lines = file.read().split(b"\n")[:-1]
         try:
-            return [json.loads(line) for line in lines]
+            return [json.loads(message) for message in map(_message, lines) if message is not None]
         except ValueError as error:
             raise LabError(f"{self._path}: a line is no JSON: {error}") from error
+
+
+def _message(line: bytes) -> bytes | None:
+    """What was written to standard output; None if the line is of another stream."""
+    if not _CONTAINER_LINE.match(line):
+        return line
+    _, stream, _, message = line.split(b" ", 3)
+    return message if stream == b"stdout" else None
 
 
 def identity(account: str, namespace: str = "shop") -> str:

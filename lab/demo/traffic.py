@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from undermesh.lab.demo.world import World
 from undermesh.lab.errors import LabError
-from undermesh.lab.manifest import Manifest
 from undermesh.lab.mesh import wait_for
 
 # Which servers are dialled how: over both families, by the service's address and by the pod's own.
@@ -57,36 +57,36 @@ class Outcome:
         return f"{self.client} to {self.target}: {self.error or 'ok'}"
 
 
-def targets(manifest: Manifest) -> list[Target]:
+def targets(world: World) -> list[Target]:
     """Every server over both families."""
     found = []
     for (server, kind), family in itertools.product(SERVERS.items(), (4, 6)):
-        service, pod = manifest.service(server), manifest.pod(server)
-        by_service = (server, family) in _BY_SERVICE
-        addresses = service.addresses if by_service else pod.addresses
-        host = next(address for address in addresses if (":" in address) == (family == 6))
-        port = service.ports[0].port if by_service else next(iter(pod.ports.values()))
-        found.append(Target(server, kind, family, "service" if by_service else "pod", host, port))
+        service, pod = world.services[server], world.pods[server]
+        if (server, family) in _BY_SERVICE:
+            found.append(Target(server, kind, family, "service", service.address(family), service.port))
+        else:
+            found.append(Target(server, kind, family, "pod", pod.address(family), pod.port))
     return found
 
 
 class ClientPod:
     """The controller's end of one client pod's control socket."""
 
-    def __init__(self, name: str, targets: Sequence[Target]) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.targets = targets
+        self.targets: Sequence[Target] = ()
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = itertools.count(1)
         self._named: dict[str, Target] = {}
         self._listener: asyncio.Task[None] | None = None
 
-    async def connect(self, socket: Path) -> None:
-        """Connect to the client's control socket, which appears when the client is up.
+    async def connect(self, socket: Path, targets: Sequence[Target]) -> None:
+        """Connect to the client's control socket, which appears when the client is up; it will dial `targets`.
 
         Raises:
             LabError: it did not within 5 s.
         """
+        self.targets = targets
         await asyncio.to_thread(wait_for, f"client in pod {self.name}", 5, socket.exists)
         self._reader, self._writer = await asyncio.open_unix_connection(socket, limit=1 << 22)
         self._listener = asyncio.create_task(self._listen())

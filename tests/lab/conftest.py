@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from undermesh.lab import manifest, netns
+from undermesh.lab import apps, netns
 from undermesh.lab.cluster import Cluster
 from undermesh.lab.commands import ip_batch
 
-DEMO = Path(manifest.__file__).parent / "demo"
+DEMO = Path(__file__).parent / "cluster"
+APPS = Path(apps.__file__).parent
 
 
 @pytest.fixture(scope="module")

@@ -26,14 +26,15 @@ from undermesh.lab.errors import PreconditionError
 
 @pytest.fixture
 def empty_build(tmp_path: Path) -> Path:
-    """A build directory whose ztunnel does nothing: the demo gets as far as its first row."""
-    idle = "#!/bin/sh\nexec sleep 60\n"
-    for name, text in {"rust/fast/ztunnel": idle, "bpf/capture.bpf.o": "", "bpf/lookup.bpf.o": ""}.items():
-        path = tmp_path / "build" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        path.chmod(0o755)
-    return tmp_path / "build"
+    """A build directory with everything but BPF objects that load."""
+    build, real = tmp_path / "build", Build.of_this_package().root
+    for name in ("bpf/capture.bpf.o", "bpf/lookup.bpf.o"):
+        (build / name).parent.mkdir(parents=True, exist_ok=True)
+        (build / name).write_text("")
+    (build / "rust/fast").mkdir(parents=True)
+    for name in ("py", "venv", "rust/fast/ztunnel", "rust/fast/undermesh-cni", "rust/fast/undermesh-lab-ptp"):
+        (build / name).symlink_to(real / name)
+    return build
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,9 @@ def start_demo(arguments: list[str], *, until: str) -> Iterator[Running]:
 
 
 @pytest.fixture
-def demo(empty_build: Path) -> Iterator[Running]:
-    """A running demo that has finished its first row, and will fail at its second."""
-    logs = empty_build / "logs"
-    with start_demo(["--build", str(empty_build), "--keep-logs", str(logs)], until="shows their token") as running:
+def demo(tmp_path: Path) -> Iterator[Running]:
+    """A running demo that has finished its first row, and begins its second."""
+    with start_demo(["--keep-logs", str(tmp_path / "logs")], until="shows their token") as running:
         yield running
 
 
@@ -101,11 +101,10 @@ def test_a_demo_that_is_interrupted_clears_up_itself(demo: Running, number: sign
 
 
 @pytest.mark.root
-def test_a_second_demo_at_the_same_time_is_refused(demo: Running, empty_build: Path) -> None:
+def test_a_second_demo_at_the_same_time_is_refused(demo: Running) -> None:
     second = subprocess.run(
-        [sys.executable, "-m", "undermesh.lab.demo", "--build", str(empty_build)],
-        capture_output=True, text=True, timeout=20, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "undermesh.lab.demo"], capture_output=True, text=True, timeout=20, check=False
+    )
     assert second.returncode == os.EX_TEMPFAIL
     assert second.stdout == ""
     assert second.stderr == (
@@ -119,7 +118,7 @@ def test_a_live_labs_record_is_left_alone(demo: Running) -> None:
     prefix = demo.prefix
     assert prefix not in footprint.clean_up_after_crashes()
     assert demo.process.poll() is None
-    assert netns.path(f"{prefix}-web").exists()
+    assert netns.path(f"{prefix}-node1").exists()
 
 
 @pytest.mark.root
@@ -128,7 +127,6 @@ def test_a_demo_killed_with_the_mesh_running_is_cleared_up(tmp_path: Path) -> No
         known = snapshot.bpf_objects(running.prefix)
         running.process.kill()
         running.process.wait()
-        assert any("/sys/fs/bpf" in trace for trace in traces(running.prefix))
         assert known
         assert running.prefix in footprint.clean_up_after_crashes()
         assert traces(running.prefix) == []
@@ -152,22 +150,10 @@ def test_what_the_agents_probe_misses_is_said_in_one_line(empty_build: Path) -> 
 
 @pytest.mark.root
 @pytest.mark.timeout(240)
-def test_every_row_of_the_demo_holds(tmp_path: Path) -> None:
+def test_a_demo_that_is_held_shows_commands_that_work_and_then_every_row_holds(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "undermesh.lab.demo", "--report", str(report), "--keep-logs", str(tmp_path / "logs")],
-        capture_output=True, text=True, timeout=220, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    rows = [json.loads(line) for line in report.read_text().splitlines()]
-    assert {row["name"].partition(" ")[0] for row in rows} == {"1", "2", "3", "4", "5", "6"}
-    assert all(row["ok"] and row["suite"] == "demo" for row in rows)
-
-
-@pytest.mark.root
-@pytest.mark.timeout(240)
-def test_a_demo_that_is_held_shows_commands_that_work_and_then_removes_everything(tmp_path: Path) -> None:
-    argv = [sys.executable, "-u", "-m", "undermesh.lab.demo", "--hold", "--keep-logs", str(tmp_path / "logs")]
+    argv = [sys.executable, "-u", "-m", "undermesh.lab.demo", "--hold", "--report", str(report)]
+    argv += ["--keep-logs", str(tmp_path / "logs")]
     with subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
     ) as held:
@@ -176,7 +162,7 @@ def test_a_demo_that_is_held_shows_commands_that_work_and_then_removes_everythin
         said = []
         for line in held.stdout:
             said.append(line)
-            if "UNDERMESH_RUN_DIR" in line:
+            if "undermesh.cli" in line:
                 commands.append(line.strip())
             if "Ctrl-C goes on" in line:
                 break
@@ -190,6 +176,9 @@ def test_a_demo_that_is_held_shows_commands_that_work_and_then_removes_everythin
             held.send_signal(signal.SIGINT)
             rest, _ = held.communicate(timeout=60)
     assert held.returncode == 0, rest
+    rows = [json.loads(line) for line in report.read_text().splitlines()]
+    assert {row["name"].partition(" ")[0] for row in rows} == {"1", "2", "3", "4", "5", "6"}
+    assert all(row["ok"] and row["suite"] == "demo" for row in rows)
 
 
 @pytest.mark.parametrize(

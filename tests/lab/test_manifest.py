@@ -12,7 +12,7 @@ from undermesh.lab import manifest, network, services
 from undermesh.lab.errors import LabError, ManifestError
 from undermesh.lab.source import SourceDirectory
 
-DEMO = Path(manifest.__file__).parent / "demo"
+DEMO = Path(__file__).parent / "cluster"
 
 
 def pod(**changes: Any) -> dict[str, Any]:

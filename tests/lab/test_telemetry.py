@@ -43,3 +43,13 @@ def test_only_whole_lines_after_the_mark_are_read(tmp_path: Path) -> None:
     path.write_text("no JSON\n" * 9)
     with pytest.raises(LabError, match="a line is no JSON"):
         log.entries()
+
+
+def test_of_a_containers_log_only_standard_output_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "0.log"
+    path.write_text(
+        '2026-01-01T00:00:00.000000000Z stdout F {"n": 1}\n'
+        "2026-01-01T00:00:00.000000001Z stderr F no JSON\n"
+        '2026-01-01T00:00:00.000000002Z stdout F {"n": "a b"}\n'
+    )
+    assert telemetry.AccessLog(path).entries() == [{"n": 1}, {"n": "a b"}]

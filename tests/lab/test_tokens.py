@@ -10,7 +10,7 @@ import pytest
 
 from undermesh.lab import manifest, tokens
 
-DEMO = manifest.load(Path(manifest.__file__).parent / "demo")
+DEMO = manifest.load(Path(__file__).parent / "cluster")
 
 
 def decode(issuer: tokens.TokenIssuer, token: str) -> dict[str, object]:
