@@ -20,11 +20,11 @@ _LABEL_KEY: Final = re.compile(r"\A([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-
 _LABEL_VALUE: Final = re.compile(r"\A([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)?\Z", re.ASCII)
 
 
-class _Strict(Part, frozen=True, forbid_unknown_fields=True):
+class Strict(Part, frozen=True, forbid_unknown_fields=True):
     """Refuses fields it does not know."""
 
 
-class SourceMatch(_Strict, frozen=True):
+class SourceMatch(Strict, frozen=True):
     """`from[].source`: who connects."""
 
     principals: Values = UNSET
@@ -41,7 +41,7 @@ class SourceMatch(_Strict, frozen=True):
     not_remote_ip_blocks: Values = UNSET
 
 
-class OperationMatch(_Strict, frozen=True):
+class OperationMatch(Strict, frozen=True):
     """`to[].operation`: what is asked for."""
 
     ports: Values = UNSET
@@ -54,7 +54,7 @@ class OperationMatch(_Strict, frozen=True):
     not_paths: Values = UNSET
 
 
-class ConditionMatch(_Strict, frozen=True):
+class ConditionMatch(Strict, frozen=True):
     """`when[]`: one attribute by its key."""
 
     key: str
@@ -62,15 +62,15 @@ class ConditionMatch(_Strict, frozen=True):
     not_values: Values = UNSET
 
 
-class From(_Strict, frozen=True):
+class From(Strict, frozen=True):
     source: SourceMatch = SourceMatch()
 
 
-class To(_Strict, frozen=True):
+class To(Strict, frozen=True):
     operation: OperationMatch = OperationMatch()
 
 
-class Rule(_Strict, frozen=True):
+class Rule(Strict, frozen=True):
     """Matches when one of `from`, one of `to` and all of `when` match; an absent part matches."""
 
     from_: tuple[From, ...] | UnsetType = field(name="from", default=UNSET)
@@ -78,7 +78,7 @@ class Rule(_Strict, frozen=True):
     when: tuple[ConditionMatch, ...] | UnsetType = UNSET
 
 
-class WorkloadSelector(_Strict, frozen=True):
+class WorkloadSelector(Strict, frozen=True):
     match_labels: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class WorkloadSelector(_Strict, frozen=True):
                 raise ValueError(f"matchLabels has {key}={value}, which no label can be: wildcards do not work here")
 
 
-class TargetRef(_Strict, frozen=True):
+class TargetRef(Strict, frozen=True):
     kind: str
     name: str
     group: str = ""
@@ -95,11 +95,11 @@ class TargetRef(_Strict, frozen=True):
     section_name: str = ""
 
 
-class Provider(_Strict, frozen=True):
+class Provider(Strict, frozen=True):
     name: str = ""
 
 
-class AuthorizationPolicySpec(_Strict, frozen=True):
+class AuthorizationPolicySpec(Strict, frozen=True):
     selector: WorkloadSelector | None = None
     target_ref: TargetRef | None = None
     target_refs: tuple[TargetRef, ...] = ()

@@ -25,6 +25,11 @@ def parse_address(text: str) -> IPAddress:
     return address
 
 
+def is_special(address: IPAddress) -> bool:
+    """Whether it would mean the client's own node or pod. The API server refuses these as endpoints."""
+    return address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified
+
+
 class Namespace(Part, frozen=True):
     metadata: Metadata
 
@@ -197,9 +202,11 @@ class ServiceSpec(Part, frozen=True):
     publish_not_ready_addresses: bool = False
     internal_traffic_policy: Literal["Cluster", "Local"] = "Cluster"
     traffic_distribution: str = ""
+    external_ips: tuple[str, ...] = field(name="externalIPs", default=())
+    load_balancer_source_ranges: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for text in self._given_ips():
+        for text in (*self._given_ips(), *self.external_ips):
             parse_address(text)
 
     def _given_ips(self) -> tuple[str, ...]:
@@ -212,6 +219,40 @@ class ServiceSpec(Part, frozen=True):
         return tuple(parse_address(text) for text in self._given_ips())
 
 
+class LoadBalancerIngress(Part, frozen=True):
+    """`ip_mode` Proxy: the balancer wants to see the traffic, also that from inside."""
+
+    ip: str = ""
+    ip_mode: str = "VIP"
+
+
+class LoadBalancerStatus(Part, frozen=True):
+    ingress: tuple[LoadBalancerIngress, ...] = ()
+
+
+class ServiceStatus(Part, frozen=True):
+    load_balancer: LoadBalancerStatus = LoadBalancerStatus()
+
+
 class Service(Part, frozen=True):
     metadata: Metadata
     spec: ServiceSpec = ServiceSpec()
+    status: ServiceStatus = ServiceStatus()
+
+    def __post_init__(self) -> None:
+        for ingress in self.status.load_balancer.ingress:
+            if ingress.ip:
+                parse_address(ingress.ip)
+
+    @property
+    def claimed_addresses(self) -> tuple[IPAddress, ...]:
+        """Addresses beside its cluster addresses at which nodes answer for it, as a node proxy for plain clients does.
+
+        Those of a load balancer only where everybody may use it and need not pass it.
+        """
+        own = self.spec.addresses
+        given = list(self.spec.external_ips)
+        if not self.spec.load_balancer_source_ranges:
+            given += [entry.ip for entry in self.status.load_balancer.ingress if entry.ip and entry.ip_mode != "Proxy"]
+        found = dict.fromkeys(map(parse_address, given))
+        return tuple(a for a in found if a not in own and a.version in {address.version for address in own})

@@ -14,6 +14,7 @@ MAX_VALUES: Final = 1_000_000
 
 DEFAULT_NAMESPACE: Final = "default"
 
+_POLICIES: Final = ("AuthorizationPolicy", "PeerAuthentication")
 # Mappings whose keys are the user's own, where a null is a mistake and not an absent field.
 _STRING_MAPS: Final = frozenset({"labels", "annotations", "matchLabels", "selector"})
 
@@ -125,5 +126,5 @@ def _cleaned(raw: Mapping[str, Any], subject: str) -> dict[str, Any]:
             return [walk(v, depth + 1) if isinstance(v, dict | list) else v for v in value]
         return value
 
-    policy = raw.get("kind") == "AuthorizationPolicy"
+    policy = raw.get("kind") in _POLICIES
     return {k: v if policy and k == "spec" else walk(v, 0) for k, v in raw.items() if v is not None}

@@ -6,15 +6,21 @@ known counts as absent and is named in the reason: a misspelt `disabled` must no
 meshed namespace.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final
 
 from undermesh.api.core import Namespace, Pod
 
 MESH_LABEL: Final = "undermesh.io/mesh"
 ISTIO_LABEL: Final = "istio.io/dataplane-mode"
-EXCLUDED_NAMESPACES: Final = frozenset({"kube-system", "undermesh-system"})
+SYSTEM_NAMESPACE: Final = "undermesh-system"
+EXCLUDED_NAMESPACES: Final = frozenset({"kube-system", SYSTEM_NAMESPACE})
+UNINSTALL_ANNOTATION: Final = "undermesh.io/uninstall-by"
+"""On the system namespace: undermesh is being taken off, no pod belongs in the mesh any more. The value is until when
+connections in the mesh may live on, RFC 3339."""
 
 _VALUES: Final[Mapping[str, Mapping[str, bool]]] = {
     MESH_LABEL: {"enabled": True, "disabled": False},
@@ -48,6 +54,23 @@ def desired_enrolment(
         return wish
     obstacle = _obstacle(pod, excluded)
     return Enrolment(False, obstacle) if obstacle else wish
+
+
+def uninstall_by(namespaces: Mapping[str, Namespace]) -> float | None:
+    """Until when connections in the mesh may live on, because undermesh is being uninstalled; None: it is not.
+
+    Returns:
+        Seconds since the epoch; infinity where the annotation's value is no time: then nothing is cut.
+    """
+    system = namespaces.get(SYSTEM_NAMESPACE)
+    text = None if system is None else system.metadata.annotations.get(UNINSTALL_ANNOTATION)
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return math.inf
+    return moment.timestamp() if moment.tzinfo is not None else math.inf
 
 
 def namespace_enrolled(namespace: Namespace) -> bool:

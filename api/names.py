@@ -4,6 +4,7 @@ The patterns are Kubernetes' own (k8s.io/apimachinery validation). They are also
 name from changing the meaning of a string it is put into: a SPIFFE id, a resource name, a cgroup path.
 """
 
+import re
 from typing import Annotated, Final
 
 from msgspec import Meta
@@ -20,6 +21,12 @@ Uid = Annotated[str, Meta(pattern=_UID_PATTERN, max_length=128)]
 PortNumber = Annotated[int, Meta(ge=1, le=65535)]
 PortName = Annotated[str, Meta(pattern=_PORT_NAME_PATTERN, max_length=15)]
 PortRef = PortNumber | PortName
+
+
+def is_subdomain(text: str) -> bool:
+    """Whether it can be a DNS name, as `Name` is one."""
+    return len(text) <= 253 and re.match(_SUBDOMAIN_PATTERN, text) is not None
+
 
 PATTERN_MEANINGS: Final = {
     _SUBDOMAIN_PATTERN: "a name of lower-case letters, digits, '-' and '.'",

@@ -7,9 +7,24 @@ from typing import Any, Final
 from undermesh.api.authorization import AuthorizationPolicy
 from undermesh.api.core import Namespace, Node, Pod, Service, ServiceAccount
 from undermesh.api.endpoints import EndpointSlice
+from undermesh.api.entries import ServiceEntry, WorkloadEntry
 from undermesh.api.identity import NodeName, ObjectKey, ObjectRef
+from undermesh.api.peer_authentication import PeerAuthentication
 
-Object = Namespace | Node | ServiceAccount | Pod | Service | AuthorizationPolicy | EndpointSlice
+Object = (
+    Namespace
+    | Node
+    | ServiceAccount
+    | Pod
+    | Service
+    | AuthorizationPolicy
+    | EndpointSlice
+    | PeerAuthentication
+    | ServiceEntry
+    | WorkloadEntry
+)
+
+_NETWORKING: Final = tuple(f"networking.istio.io/{version}" for version in ("v1", "v1beta1", "v1alpha3"))
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,11 @@ KINDS: Final[Mapping[str, Kind]] = {
         AuthorizationPolicy, ("security.istio.io/v1", "security.istio.io/v1beta1"), namespaced=True
     ),
     "EndpointSlice": Kind(EndpointSlice, ("discovery.k8s.io/v1",), namespaced=True),
+    "PeerAuthentication": Kind(
+        PeerAuthentication, ("security.istio.io/v1", "security.istio.io/v1beta1"), namespaced=True
+    ),
+    "ServiceEntry": Kind(ServiceEntry, _NETWORKING, namespaced=True),
+    "WorkloadEntry": Kind(WorkloadEntry, _NETWORKING, namespaced=True),
 }
 
 
@@ -50,6 +70,9 @@ class Objects:
     services: Mapping[ObjectKey, Service] = field(default_factory=dict)
     authorization_policies: Mapping[ObjectKey, AuthorizationPolicy] = field(default_factory=dict)
     endpoint_slices: Mapping[ObjectKey, EndpointSlice] = field(default_factory=dict)
+    peer_authentications: Mapping[ObjectKey, PeerAuthentication] = field(default_factory=dict)
+    service_entries: Mapping[ObjectKey, ServiceEntry] = field(default_factory=dict)
+    workload_entries: Mapping[ObjectKey, WorkloadEntry] = field(default_factory=dict)
 
     @classmethod
     def of(cls, objects: Iterable[Object]) -> "Objects":

@@ -41,7 +41,10 @@ def main() -> int:
 
 
 async def _serve(arguments: Namespace) -> int:
-    backend = _backend(arguments)
+    mesh = MeshSettings(
+        cluster=arguments.cluster, trust_domain=arguments.trust_domain, root_namespace=arguments.root_namespace
+    )
+    backend = _backend(arguments, mesh)
     settings = Settings(
         state=arguments.state,
         listen=arguments.listen,
@@ -51,10 +54,14 @@ async def _serve(arguments: Namespace) -> int:
         root_bundle_out=arguments.root_bundle_out,
         reload_seconds=backend.reload_seconds,
     )
-    mesh = MeshSettings(cluster=arguments.cluster, trust_domain=arguments.trust_domain)
     try:
         server = await ControlPlane.open(
-            settings, backend.source, Translator(mesh), secrets=backend.secrets, verifier=backend.verifier
+            settings,
+            backend.source,
+            Translator(mesh),
+            secrets=backend.secrets,
+            verifier=backend.verifier,
+            share=backend.share,
         )
         if arguments.metrics is not None:
             _serve_metrics(server, arguments.metrics)
@@ -71,14 +78,16 @@ async def _serve(arguments: Namespace) -> int:
     return os.EX_OK
 
 
-def _backend(arguments: Namespace) -> Backend:
+def _backend(arguments: Namespace, mesh: MeshSettings) -> Backend:
     if arguments.source.kind == "files":
         options.check_directory(arguments.source.directory, "--source")
         return FileBackend(arguments.source.directory)
     # Loaded only where it is needed: the official client takes 20 MB.
     from undermesh.controlplane.kubernetes.backend import KubernetesBackend
 
-    return KubernetesBackend(arguments.source.path, namespace=arguments.namespace, review_tokens=arguments.token_review)
+    return KubernetesBackend(
+        arguments.source.path, namespace=arguments.namespace, mesh=mesh, review_tokens=arguments.token_review
+    )
 
 
 def _serve_metrics(server: ControlPlane, address: str) -> None:

@@ -7,7 +7,7 @@ Every refusal looks the same to the client (`refuse`); the reason is in the log.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -35,7 +35,7 @@ class Agent:
 class Authoriser:
     """Checks callers by their tokens and the pods that the source knows at this moment."""
 
-    def __init__(self, verifier: Verifier, cluster: Callable[[], Cluster], trust_domain: str) -> None:
+    def __init__(self, verifier: Verifier, cluster: Cluster, trust_domain: str) -> None:
         self._verifier = verifier
         self._cluster = cluster
         self._trust_domain = trust_domain
@@ -44,7 +44,7 @@ class Authoriser:
         """The agent that this call's bearer token names. Raises `errors.NotAuthorised`."""
         claims = await self._verifier.claims(_bearer(metadata or ()))
         name = ObjectKey(claims.namespace, claims.pod)
-        pod = self._cluster().by_name.get(name)
+        pod = self._cluster.by_name.get(name)
         if pod is None:
             raise errors.NotAuthorised(f"agent pod {name} does not exist")
         node = pod.spec.node_name
@@ -60,12 +60,12 @@ class Authoriser:
 
     def still(self, agent: Agent) -> None:
         """Refuses an agent whose pod is gone since it was let in. Raises `errors.NotAuthorised`."""
-        if self._cluster().node_of(agent.pod_uid) != agent.node:
+        if self._cluster.node_of(agent.pod_uid) != agent.node:
             raise errors.NotAuthorised(f"agent pod {agent.pod} no longer runs on {agent.node}")
 
     def identity(self, agent: Agent, identity: str) -> None:
         """Refuses identities that no running pod on the agent's node has. Raises `errors.NotAuthorised`."""
-        accounts = self._cluster().accounts.get(agent.node, frozenset())
+        accounts = self._cluster.accounts(agent.node)
         allowed = (f"spiffe://{self._trust_domain}/ns/{namespace}/sa/{name}" for namespace, name in accounts)
         if identity not in allowed:
             raise errors.NotAuthorised(f"no running pod on node {agent.node} has the identity {identity[:256]!r}")

@@ -10,6 +10,7 @@ from undermesh.api.files import FileSource
 from undermesh.api.source import Source
 from undermesh.controlplane.authority import Authority
 from undermesh.controlplane.secret_store import SecretStore
+from undermesh.controlplane.server import Share
 from undermesh.controlplane.tokens import Verifier
 
 
@@ -28,6 +29,11 @@ class Backend(Protocol):
         """How often the CA's keys are read again."""
         ...
 
+    @property
+    def share(self) -> Share | None:
+        """How replicas share the nodes' reports; None: there is only one."""
+        ...
+
     def writers(self, authority: Authority) -> Sequence[Callable[[], Awaitable[None]]]:
         """Endless jobs that write what others read."""
         ...
@@ -42,6 +48,7 @@ class FileBackend:
 
     secrets: SecretStore | None = None
     verifier: Verifier | None = None
+    share: Share | None = None
     reload_seconds = 1.0
 
     def __init__(self, directory: Path) -> None:

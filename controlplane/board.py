@@ -1,7 +1,6 @@
 """The published state: every xDS resource once, serialised once, with a content hash as version.
 
-`Board.publish` replaces the whole state and returns what changed. A generation counts the changes; it lets
-the report service ask who has seen what.
+A generation counts the changes; it lets the report service ask who has seen what.
 """
 
 from __future__ import annotations
@@ -10,15 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NewType
 
-from undermesh.controlplane.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE, Resource, ResourceKey
+from undermesh.controlplane.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE, Update
 from undermesh.proto import discovery_pb2
 
 TYPE_URLS = (AUTHORIZATION_TYPE, ADDRESS_TYPE)
 
 Generation = NewType("Generation", int)
 
+Changed = Mapping[str, Mapping[str, str | None]]
+"""Type -> name of a resource that has changed -> the version that was there before; None: it was not there."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One resource, as its `resources` entry of a DeltaDiscoveryResponse on the wire.
 
@@ -49,23 +51,31 @@ class Board:
         """One resource, None when it is not published."""
         return self._entries[type_url].get(name)
 
-    def publish(self, resources: Mapping[ResourceKey, Resource]) -> frozenset[ResourceKey]:
-        """Replaces the state by `resources`; returns what differs."""
-        fresh: dict[str, dict[str, Entry]] = {type_url: {} for type_url in TYPE_URLS}
-        changed: set[ResourceKey] = set()
-        for (type_url, name), (version, value) in resources.items():
-            entry = self._entries[type_url].get(name)
-            if entry is None or entry.version != version:
-                entry = Entry(version, _wire(type_url, name, version, value))
-                changed.add(ResourceKey(type_url, name))
-            fresh[type_url][name] = entry
-        for type_url, entries in self._entries.items():
-            changed.update(ResourceKey(type_url, name) for name in entries.keys() - fresh[type_url].keys())
-        self._entries = fresh
-        if changed or not self.complete:
+    def apply(self, update: Update) -> Changed:
+        """Goes on to the next state; returns what differs from the one before."""
+        changed: dict[str, dict[str, str | None]] = {type_url: {} for type_url in TYPE_URLS}
+        for key, resource in update.resources.items():
+            type_url, name = key
+            entries = self._entries[type_url]
+            before = entries.get(name)
+            if resource is None:
+                if before is not None:
+                    changed[type_url][name] = before.version
+                    del entries[name]
+            elif before is None or before.version != resource.version:
+                changed[type_url][name] = before.version if before is not None else None
+                entries[name] = Entry(resource.version, _wire(type_url, name, resource.version, resource.body))
+        if update.complete:
+            self._remove_others(update, changed)
+        if any(changed.values()) or not self.complete:
             self.complete = True
             self.generation = Generation(self.generation + 1)
-        return frozenset(changed)
+        return changed
+
+    def _remove_others(self, update: Update, changed: dict[str, dict[str, str | None]]) -> None:
+        for type_url, entries in self._entries.items():
+            for name in [name for name in entries if (type_url, name) not in update.resources]:
+                changed[type_url][name] = entries.pop(name).version
 
 
 def _wire(type_url: str, name: str, version: str, value: bytes) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,11 @@ import grpc
 
 from undermesh.controlplane import errors
 from undermesh.controlplane.authorisation import Agent, Authoriser, refuse
-from undermesh.controlplane.board import Board, Generation
+from undermesh.controlplane.board import Board, Changed, Generation
 from undermesh.controlplane.metrics import Metrics
 from undermesh.controlplane.signal import Signal
-from undermesh.controlplane.streams import run_both
+from undermesh.controlplane.streams import run_together
 from undermesh.controlplane.subscription import Refusal, Subscription
-from undermesh.controlplane.translate import ResourceKey
 from undermesh.proto import discovery_pb2
 
 log = logging.getLogger(__name__)
@@ -66,13 +65,16 @@ class Hub:
     def __init__(self, board: Board, metrics: Metrics) -> None:
         self._board = board
         self._metrics = metrics
+        self._told = board.generation
         self._clients: set[_Client] = set()
 
-    def changed(self, keys: Iterable[ResourceKey]) -> None:
+    def changed(self, changed: Changed) -> None:
         """Tells every client what the board has changed."""
-        listed = list(keys)
+        if self._board.generation == self._told:
+            return
+        self._told = self._board.generation
         for client in self._clients:
-            client.subscription.changed(listed)
+            client.subscription.changed(changed)
             client.wake()
 
     def status(self) -> list[ClientStatus]:
@@ -120,7 +122,7 @@ class Hub:
         """Runs one stream until the client leaves, or `still` raises because it may no longer be here."""
         client = _Client(agent, context.peer(), self._board)
         with self._joined(client):
-            await run_both(self._read(client, requests), self._write(client, still, context))
+            await run_together(self._read(client, requests), self._write(client, still, context))
 
     async def _read(self, client: _Client, requests: AsyncIterator[discovery_pb2.DeltaDiscoveryRequest]) -> None:
         async for request in requests:

@@ -3,7 +3,8 @@
 ControlPlaneError
 ├── ConfigError    a setting, a path or a file is wrong: the operator mends it
 ├── NotAuthorised  a caller asked for what it may not have; the reason is for the log only
-└── BadRequest     an authorised caller sent something malformed; the reason goes to the log too
+├── BadRequest     an authorised caller sent something malformed; the reason goes to the log too
+└── Superseded     a report comes on a stream that is not the node's newest
 """
 
 
@@ -21,3 +22,7 @@ class NotAuthorised(ControlPlaneError):
 
 class BadRequest(ControlPlaneError):
     """The request is malformed. Clients of the CA never see the message."""
+
+
+class Superseded(ControlPlaneError):
+    """A later stream of the same node has reported: this one's agent is gone, or has to report anew."""

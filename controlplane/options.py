@@ -27,7 +27,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--source", type=source_option, required=True, metavar="SOURCE", help=HELP)
-    parser.add_argument("--state", type=Path, required=True, metavar="DIR", help="node reports; with files also keys")
+    parser.add_argument("--state", type=Path, metavar="DIR", help="keys and node reports; only for a source of files")
     parser.add_argument("--namespace", default="undermesh-system", metavar="NAME", help="of our Secrets and Lease")
     parser.add_argument("--listen", type=address, required=True, metavar="IP:PORT", help="gRPC with TLS")
     parser.add_argument("--metrics", type=address, metavar="IP:PORT", help="Prometheus metrics over HTTP")
@@ -36,11 +36,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--token-issuer", metavar="ISS", help="issuer of agents' tokens")
     parser.add_argument("--trust-domain", default="cluster.local", metavar="NAME")
     parser.add_argument("--cluster", default="Kubernetes", metavar="NAME", help="cluster id in workload uids")
+    parser.add_argument(
+        "--root-namespace", default="undermesh-system", metavar="NAME", help="its policies hold for all namespaces"
+    )
     parser.add_argument("--root-bundle-out", type=Path, metavar="FILE", help="write the trusted roots here")
     parser.add_argument("--log-format", choices=("text", "json"), default="text")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     found = parser.parse_args(arguments)
-    if complaint := _token_complaint(found):
+    if complaint := _token_complaint(found) or _state_complaint(found):
         parser.error(complaint)
     return found
 
@@ -55,6 +58,15 @@ def _token_complaint(found: argparse.Namespace) -> str:
         return ""
     if found.token_jwks is None or not found.token_issuer:
         return "--token-jwks and --token-issuer are required, or --token-review"
+    return ""
+
+
+def _state_complaint(found: argparse.Namespace) -> str:
+    """What is wrong with where state is kept; empty: nothing."""
+    if found.source.kind == "files" and found.state is None:
+        return "--state is required with a source of files"
+    if found.source.kind == "kubernetes" and found.state is not None:
+        return "--state is for a source of files: with --source kubernetes the API server keeps everything"
     return ""
 
 

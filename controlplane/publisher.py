@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NewType
 
 from undermesh.controlplane.board import TYPE_URLS, Board, Generation
 from undermesh.controlplane.discovery import Hub
 from undermesh.controlplane.metrics import Metrics
 from undermesh.controlplane.signal import Signal
-from undermesh.controlplane.translate import Resource, ResourceKey
+from undermesh.controlplane.translate import Update
 
 log = logging.getLogger(__name__)
 
-RECOMPUTE_INTERVAL = 0.05
+RECOMPUTE_INTERVAL = 0.1
 
 Ticket = NewType("Ticket", int)
-Resources = Mapping[ResourceKey, Resource]
 
 
 class Publisher:
-    """Owns the only writer of the board. `compute` returns all resources for the state of this moment."""
+    """Owns the only writer of the board. `compute` returns what leads from the state that it led to before to that
+    of this moment."""
 
-    def __init__(self, board: Board, hub: Hub, compute: Callable[[], Resources], metrics: Metrics) -> None:
+    def __init__(self, board: Board, hub: Hub, compute: Callable[[], Update], metrics: Metrics) -> None:
         self._board = board
         self._hub = hub
         self._compute = compute
@@ -70,7 +70,7 @@ class Publisher:
         """One computation and its publication."""
         ticket = self._wanted
         try:
-            changed = self._board.publish(self._compute())
+            changed = self._board.apply(self._compute())
         except Exception:
             log.exception("the state cannot be translated: what was published last stands")
             return

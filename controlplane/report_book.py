@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from undermesh.api.core import Pod
 from undermesh.controlplane import errors
 from undermesh.controlplane.cluster import Cluster
 from undermesh.controlplane.files import replace_file
-from undermesh.controlplane.tokens import AGENT_ACCOUNT, AGENT_NAMESPACE
 from undermesh.proto import report_pb2
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ _STATES = {name: report_pb2.PodState.Value(name) for name in report_pb2.PodState
 @dataclass
 class _Node:
     states: dict[str, int] = field(default_factory=dict)  # pod uid -> report.PodState
-    errors: dict[str, str] = field(default_factory=dict)
     streams: int = 0
     away_since: float | None = None
 
@@ -41,6 +40,7 @@ class ReportBook:
         self._file = file
         self._clock = clock
         self._nodes: dict[str, _Node] = {}
+        self._changed: set[str] = set()
         if file is not None:
             self._load(file)
 
@@ -58,57 +58,61 @@ class ReportBook:
             entry.away_since = self._clock()
 
     def record(self, node: str, report: report_pb2.NodeReport) -> bool:
-        """Replaces what the node said; True when that changes anything.
+        """Replaces what the node said; True when that changes anything."""
+        return self.replace(node, reported(report))
 
-        States that this version does not know count as PLAIN.
-        """
-        entry = self._nodes.setdefault(node, _Node())
-        states = {pod.uid: pod.state if pod.state in _STATES.values() else 0 for pod in report.pods}
-        states = {uid: state for uid, state in states.items() if state != report_pb2.PLAIN}
-        failures = {pod.uid: pod.error[:1024] for pod in report.pods if pod.error}
-        changed = (states, failures) != (entry.states, entry.errors)
-        entry.states, entry.errors = states, failures
-        if changed:
-            self._save()
+    def replace(self, node: str, states: dict[str, int]) -> bool:
+        """As `record`, for what `reported` made of a report."""
+        entry = self._nodes.setdefault(node, _Node(away_since=self._clock()))
+        if states == entry.states:
+            return False
+        self._set(entry, states)
+        self._save()
+        return True
+
+    def forget(self, node: str) -> bool:
+        """The node has no report any more; True when that changes anything."""
+        entry = self._nodes.get(node)
+        if entry is None:
+            return False
+        changed = bool(entry.states)
+        self._set(entry, {})
+        if not entry.streams:
+            del self._nodes[node]
+        self._save()
         return changed
 
-    def states(self, cluster: Cluster) -> dict[str, int]:
-        """The state of each pod that runs on the node that reported it; pods that are missing are PLAIN."""
-        return {
-            uid: state
-            for node, entry in self._nodes.items()
-            for uid, state in entry.states.items()
-            if cluster.node_of(uid) == node
-        }
+    def state(self, pod: Pod) -> int:
+        """What the node on which a pod runs said of it, a `PodState`: PLAIN if nothing, or if the pod has finished."""
+        entry = self._nodes.get(pod.spec.node_name)
+        return entry.states.get(pod.metadata.uid, report_pb2.PLAIN) if entry and not pod.finished else report_pb2.PLAIN
+
+    def take_changed(self) -> set[str]:
+        """The uids of which something else has been said since the last call."""
+        changed, self._changed = self._changed, set()
+        return changed
 
     def strangers(self, node: str, cluster: Cluster) -> list[str]:
         """Pods in the node's report that the source does not know on that node."""
         entry = self._nodes.get(node, _Node())
         return sorted(uid for uid in entry.states if cluster.node_of(uid) != node)
 
-    def expire(self, cluster: Cluster) -> list[str]:
-        """Forgets nodes that have been away for `AWAY_SECONDS` and have no agent pod; returns their names."""
-        served = {
-            pod.spec.node_name
-            for key, pod in cluster.by_name.items()
-            if key.namespace == AGENT_NAMESPACE and pod.spec.service_account_name == AGENT_ACCOUNT and not pod.finished
-        }
+    def expired(self, cluster: Cluster) -> list[str]:
+        """Nodes that have been away for `AWAY_SECONDS` and have no agent pod, so that they can be forgotten."""
         now = self._clock()
-        gone = [
+        return [
             node
             for node, entry in self._nodes.items()
-            if entry.away_since is not None and now - entry.away_since >= AWAY_SECONDS and node not in served
+            if entry.away_since is not None and now - entry.away_since >= AWAY_SECONDS and not cluster.has_agent(node)
         ]
-        for node in gone:
-            del self._nodes[node]
-            log.warning("node %s has had no agent for %.0f s: its pods are published as plain", node, AWAY_SECONDS)
-        if gone:
-            self._save()
-        return gone
 
     def open_nodes(self) -> int:
         """Nodes with an open stream."""
         return sum(1 for entry in self._nodes.values() if entry.streams)
+
+    def _set(self, entry: _Node, states: dict[str, int]) -> None:
+        before, entry.states = entry.states, states
+        self._changed |= {uid for uid in before.keys() | states.keys() if before.get(uid) != states.get(uid)}
 
     def _load(self, file: Path) -> None:
         try:
@@ -134,6 +138,12 @@ class ReportBook:
             replace_file(self._file, json.dumps(document, sort_keys=True).encode(), mode=0o600)
         except OSError as error:
             log.warning("reports cannot be kept in %s (%s): a restart forgets them", self._file, error.strerror)
+
+
+def reported(report: report_pb2.NodeReport) -> dict[str, int]:
+    """The states in a report, without those of plain pods. States that this version does not know count as PLAIN."""
+    states = {pod.uid: pod.state if pod.state in _STATES.values() else 0 for pod in report.pods}
+    return {uid: state for uid, state in states.items() if state != report_pb2.PLAIN}
 
 
 def _parsed(content: bytes) -> Mapping[str, dict[str, int]]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import grpc
 
+from undermesh.api.core import Pod
 from undermesh.api.objects import Objects
 from undermesh.api.source import Source
 from undermesh.controlplane import discovery as discovery_module
@@ -25,19 +27,38 @@ from undermesh.controlplane.board import Board
 from undermesh.controlplane.ca import CertificateService
 from undermesh.controlplane.cluster import Cluster
 from undermesh.controlplane.files import replace_file
+from undermesh.controlplane.keeping import Keeping, OwnKeeping
 from undermesh.controlplane.metrics import Metrics
-from undermesh.controlplane.publisher import Publisher, Resources
+from undermesh.controlplane.publisher import Publisher
 from undermesh.controlplane.ratelimit import RateLimit
-from undermesh.controlplane.report_book import ReportBook
+from undermesh.controlplane.report_book import AWAY_SECONDS, ReportBook
 from undermesh.controlplane.reports import ANSWER_SECONDS, ReportService
 from undermesh.controlplane.secret_store import FileSecretStore, SecretStore
 from undermesh.controlplane.serving import ServingCertificate
 from undermesh.controlplane.tokens import TokenVerifier, Verifier
+from undermesh.controlplane.translate import Update
 from undermesh.proto import ca_pb2_grpc, report_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-Translate = Callable[[Objects, Mapping[str, int]], Resources]
+
+class Translate(Protocol):
+    """Objects and reports to resources, one state after the other."""
+
+    def take(self, objects: Objects) -> None:
+        """Goes on to the next state of the objects."""
+        ...
+
+    def reported(self, uids: Iterable[str]) -> None:
+        """What the nodes report of these pods has changed."""
+        ...
+
+    def derive(self, state_of: Callable[[Pod], int]) -> Update:
+        """What has changed since the last call. Args: `state_of` is `ReportBook.state`."""
+        ...
+
+
+Share = Callable[["ControlPlane"], Keeping]
 
 _CHANNEL_OPTIONS = [
     # A second process on the same port would get some of the agents.
@@ -57,7 +78,8 @@ _CHANNEL_OPTIONS = [
 class Settings:
     """How one server runs. Times are in seconds."""
 
-    state: Path
+    state: Path | None
+    """Where keys and reports are kept that nobody else keeps."""
     listen: str
     token_jwks: Path | None = None
     token_issuer: str = ""
@@ -75,7 +97,13 @@ class ControlPlane:
     """One server. `await ControlPlane.open(...)`, `start`, then `run` until cancelled, `stop` at the end."""
 
     def __init__(
-        self, settings: Settings, source: Source, translate: Translate, authority: Authority, verifier: Verifier
+        self,
+        settings: Settings,
+        source: Source,
+        translate: Translate,
+        authority: Authority,
+        verifier: Verifier,
+        share: Share | None = None,
     ) -> None:
         self.settings = settings
         self.authority = authority
@@ -84,14 +112,15 @@ class ControlPlane:
         self.hub = discovery_module.Hub(self.board, self.metrics)
         self.port = 0
         self._source = source
-        self._objects = source.current
-        self._cluster = Cluster.of(self._objects)
+        self.cluster = Cluster()
         self._states: AsyncIterator[Objects] | None = None
         self._bundle_written = b""
         self._translate = translate
-        self.book = ReportBook(settings.state / "reports.json", time.monotonic)
+        file = settings.state / "reports.json" if share is None and settings.state is not None else None
+        self.book = ReportBook(file, time.monotonic)
         self.publisher = Publisher(self.board, self.hub, self._compute, self.metrics)
-        self._authoriser = Authoriser(verifier, lambda: self._cluster, settings.trust_domain)
+        self._keeping = share(self) if share is not None else OwnKeeping(self.book)
+        self._authoriser = Authoriser(verifier, self.cluster, settings.trust_domain)
         self._serving = ServingCertificate(authority)
         self._server = self._make_server()
         authority.on_change(self._issuer_changed)
@@ -105,22 +134,28 @@ class ControlPlane:
         *,
         secrets: SecretStore | None = None,
         verifier: Verifier | None = None,
+        share: Share | None = None,
     ) -> ControlPlane:
         """Loads or makes the CA and checks the settings. Raises `errors.ConfigError`.
 
         Args:
             settings: How it runs.
             source: The objects.
-            translate: Objects and reports to resources.
+            translate: Objects and reports to resources; it has not taken any yet.
             secrets: Where the CA's keys are; None: in files below `Settings.state`.
             verifier: Who judges tokens; None: the keys in `Settings.token_jwks`.
+            share: How replicas share the nodes' reports; None: there is only this one.
         """
         if verifier is None:
             if settings.token_jwks is None:
                 raise errors.ConfigError("nothing says whose tokens are valid: give --token-jwks")
             verifier = TokenVerifier(settings.token_jwks, settings.token_issuer)
-        authority = await Authority.open(secrets or FileSecretStore(settings.state))
-        return cls(settings, source, translate, authority, verifier)
+        if secrets is None:
+            if settings.state is None:
+                raise errors.ConfigError("nothing says where the CA's keys are: give --state")
+            secrets = FileSecretStore(settings.state)
+        authority = await Authority.open(secrets)
+        return cls(settings, source, translate, authority, verifier, share)
 
     async def start(self) -> None:
         """Waits for the first complete state of the source, then listens.
@@ -131,6 +166,8 @@ class ControlPlane:
         self._write_bundle()
         self._states = self._source.watch()
         self._take(await anext(self._states))
+        # Before it, pods that nodes reported to other replicas would be published as plain.
+        await self._keeping.start()
         if not self._held_back():
             self.publisher.step()
         try:
@@ -152,6 +189,7 @@ class ControlPlane:
             self._reload,
             self._serving.run,
             self._expire,
+            *self._keeping.jobs(),
             *more,
         ]
         async with asyncio.TaskGroup() as group:
@@ -160,6 +198,7 @@ class ControlPlane:
 
     async def stop(self) -> None:
         """Stops listening; open streams end within `stop_seconds`."""
+        await self._keeping.close()
         await self._server.stop(self.settings.stop_seconds)
 
     def _make_server(self) -> grpc.aio.Server:
@@ -168,8 +207,9 @@ class ControlPlane:
         ca = CertificateService(self.authority, self._authoriser, limit, self.metrics)
         reports = ReportService(
             book=self.book,
+            keeping=self._keeping,
             authoriser=self._authoriser,
-            cluster=lambda: self._cluster,
+            cluster=self.cluster,
             publisher=self.publisher,
             hub=self.hub,
             metrics=self.metrics,
@@ -180,12 +220,13 @@ class ControlPlane:
         server.add_generic_rpc_handlers((discovery_module.handler(self.hub, self._authoriser),))
         return server
 
-    def _compute(self) -> Resources:
-        return self._translate(self._objects, self.book.states(self._cluster))
+    def _compute(self) -> Update:
+        self._translate.reported(self.book.take_changed())
+        return self._translate.derive(self.book.state)
 
     def _take(self, objects: Objects) -> None:
-        self._objects = objects
-        self._cluster = Cluster.of(objects)
+        self.cluster.take(objects)
+        self._translate.take(objects)
         self.publisher.poke()
 
     def _held_back(self) -> bool:
@@ -220,7 +261,9 @@ class ControlPlane:
 
     async def _expire(self) -> None:
         await asyncio.sleep(1)
-        if self.book.expire(self._cluster):
+        if gone := self.book.expired(self.cluster):
+            log.warning("no agent for %.0f s on %s: their pods are published as plain", AWAY_SECONDS, ", ".join(gone))
+            await self._keeping.forget(gone)
             self.publisher.poke()
 
     def _issuer_changed(self) -> None:

@@ -1,4 +1,4 @@
-"""The two halves of a bidirectional stream."""
+"""The parts of a bidirectional stream."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Coroutine
 from typing import Any
 
 
-async def run_both(reader: Coroutine[Any, Any, None], writer: Coroutine[Any, Any, None]) -> None:
-    """Runs both until one ends or fails, then ends the other; raises what either raised.
+async def run_together(*parts: Coroutine[Any, Any, None]) -> None:
+    """Runs all until one ends or fails, then ends the others; raises what any raised.
 
-    When cancelled it cancels both at once, and awaits nothing that a second cancellation could cut off.
+    When cancelled it cancels all at once, and awaits nothing that a second cancellation could cut off.
     """
-    tasks = (asyncio.create_task(reader), asyncio.create_task(writer))
+    tasks = [asyncio.create_task(part) for part in parts]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:

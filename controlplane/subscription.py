@@ -1,7 +1,8 @@
 """What one xDS client wants, has and still has to hear: the delta protocol as a state machine without I/O.
 
-A client owns a set of pending names, never a queue of messages: however slow it is, it costs one set, and
-when it is ready again it gets the newest state once. At most one push per type is unanswered.
+A client has what is on the board, but for its pending names: only of these it is known what it has instead. So an
+idle client costs nothing however much is published, and a slow one never more than one table of names; when it is
+ready again it gets the newest state once. At most one push per type is unanswered.
 
 Order within a push: policies before the workloads that name them, and removals of policies only after the
 workloads have let go of them.
@@ -10,12 +11,12 @@ workloads have let go of them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from undermesh.controlplane.board import TYPE_URLS, Board, Generation
-from undermesh.controlplane.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE, ResourceKey
+from undermesh.controlplane.board import TYPE_URLS, Board, Changed, Generation
+from undermesh.controlplane.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE
 from undermesh.proto import discovery_pb2
 
 WILDCARD = "*"
@@ -43,9 +44,8 @@ class Refusal(NamedTuple):
 class _TypeState:
     wildcard: bool = False
     names: set[str] = field(default_factory=set)
-    # name -> version that the client has or is being sent
-    sent: dict[str, str] = field(default_factory=dict)
-    pending: set[str] = field(default_factory=set)
+    # name -> version that the client has or is being sent; None: it has none, and need not hear of its absence
+    pending: dict[str, str | None] = field(default_factory=dict)
     in_flight: set[str] = field(default_factory=set)
     subscribed: bool = False
     # The first answer goes out even if empty: it tells the client that it has everything.
@@ -77,17 +77,19 @@ class Subscription:
         first = not state.subscribed
         if first:
             state.subscribed = state.unanswered = True
-            state.sent = dict(request.initial_resource_versions)
         self._subscribe(request.type_url, state, request, first=first)
         self._note_seen()
         return refusal
 
-    def changed(self, keys: Iterable[ResourceKey]) -> None:
+    def changed(self, changed: Changed) -> None:
         """Notes what the board has changed."""
-        for type_url, name in keys:
+        for type_url, names in changed.items():
             state = self._types[type_url]
-            if state.subscribed and state.wants(name):
-                state.pending.add(name)
+            if not state.subscribed or not names:
+                continue
+            wanted = names if state.wildcard else {name: names[name] for name in names.keys() & state.names}
+            # What is pending already was to replace what the client still has.
+            state.pending = {**wanted, **state.pending}
 
     @property
     def seen(self) -> Generation:
@@ -105,9 +107,9 @@ class Subscription:
         responses: list[Response] = []
         for type_url, names in list(self._sendable()):
             state = self._types[type_url]
-            state.pending -= names
+            held = {name: state.pending.pop(name) for name in names}
             state.unanswered = False
-            responses.extend(self._responses(type_url, state, names))
+            responses.extend(self._responses(type_url, state, held))
         return responses
 
     def _answer(self, state: _TypeState, request: discovery_pb2.DeltaDiscoveryRequest) -> Refusal | None:
@@ -130,25 +132,29 @@ class Subscription:
     ) -> None:
         added = set(request.resource_names_subscribe)
         removed = set(request.resource_names_unsubscribe)
-        if WILDCARD in added or (first and not added):
+        if not state.wildcard and (WILDCARD in added or (first and not added)):
             state.wildcard = True
-            state.pending |= self._differences(type_url, state)
+            state.pending |= self._differences(type_url, state, request.initial_resource_versions if first else {})
         added.discard(WILDCARD)
         state.names |= added
         # A name that is subscribed to (again) is always answered, with its absence if need be.
-        state.pending |= added
-        state.sent.update(dict.fromkeys(added, ""))
+        state.pending |= dict.fromkeys(added, "")
         if WILDCARD in removed:
             state.wildcard = False
         state.names -= removed
         if removed:
-            state.sent = {name: version for name, version in state.sent.items() if state.wants(name)}
-            state.pending = {name for name in state.pending if state.wants(name)}
+            state.pending = {name: held for name, held in state.pending.items() if state.wants(name)}
 
-    def _differences(self, type_url: str, state: _TypeState) -> set[str]:
+    def _differences(self, type_url: str, state: _TypeState, initial: Mapping[str, str]) -> dict[str, str | None]:
+        """What a client that asks for everything lacks, beside the names that it followed before."""
         published = self._board.names(type_url)
-        fresh = {name for name, entry in published.items() if state.sent.get(name) != entry.version}
-        return fresh | (state.sent.keys() - published.keys())
+        gone: dict[str, str | None] = {name: held for name, held in initial.items() if name not in published}
+        fresh = {
+            name: initial.get(name)
+            for name, entry in published.items()
+            if initial.get(name) != entry.version and name not in state.names
+        }
+        return gone | fresh
 
     def _sendable(self) -> Iterator[tuple[str, set[str]]]:
         if not self._board.complete:
@@ -165,22 +171,20 @@ class Subscription:
             if removals:
                 yield AUTHORIZATION_TYPE, removals
 
-    def _responses(self, type_url: str, state: _TypeState, names: set[str]) -> Iterator[Response]:
+    def _responses(self, type_url: str, state: _TypeState, held: Mapping[str, str | None]) -> Iterator[Response]:
         """Chunks of bounded size; only the last names a system version, so that a client can tell when the
         whole push has arrived."""
         entries: list[bytes] = []
         removed: list[str] = []
         size = 0
-        for name in sorted(names):
+        for name in sorted(held):
             entry = self._board.get(type_url, name)
             if entry is None:
-                if name in state.sent:
+                if held[name] is not None:
                     removed.append(name)
-                    del state.sent[name]
                 continue
-            if state.sent.get(name) == entry.version:
+            if held[name] == entry.version:
                 continue
-            state.sent[name] = entry.version
             if entries and (size + len(entry.wire) > CHUNK_BYTES or len(entries) >= CHUNK_RESOURCES):
                 yield self._response(type_url, state, entries, [], last=False)
                 entries, size = [], 0

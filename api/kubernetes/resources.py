@@ -12,6 +12,7 @@ from undermesh.api.authorization import AuthorizationPolicy, AuthorizationPolicy
 from undermesh.api.decode import DecodeError, decode
 from undermesh.api.meta import Metadata
 from undermesh.api.objects import KINDS, Object
+from undermesh.api.peer_authentication import AgedMetadata, MutualTls, PeerAuthentication, PeerAuthenticationSpec
 
 T = TypeVar("T")
 
@@ -23,6 +24,9 @@ _PATHS: Final = {
     "Service": "/api/v1/services",
     "AuthorizationPolicy": "/apis/security.istio.io/v1/authorizationpolicies",
     "EndpointSlice": "/apis/discovery.k8s.io/v1/endpointslices",
+    "PeerAuthentication": "/apis/security.istio.io/v1/peerauthentications",
+    "ServiceEntry": "/apis/networking.istio.io/v1/serviceentries",
+    "WorkloadEntry": "/apis/networking.istio.io/v1/workloadentries",
 }
 # A copy of the whole object that kubectl keeps beside it.
 _LAST_APPLIED: Final = "kubectl.kubernetes.io/last-applied-configuration"
@@ -120,6 +124,17 @@ def _closed_policy(data: bytes) -> AuthorizationPolicy | None:
     return AuthorizationPolicy(Metadata(outline.metadata.name, outline.metadata.namespace, outline.metadata.uid), spec)
 
 
+def _closed_peer_authentication(data: bytes) -> PeerAuthentication | None:
+    """STRICT, for the pods that the unreadable one selects or for its whole namespace, and older than any other."""
+    try:
+        outline = msgspec.json.decode(data, type=_Outline)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    meta = outline.metadata
+    spec = PeerAuthenticationSpec(selector=_selector(outline), mtls=MutualTls("STRICT"))
+    return PeerAuthentication(AgedMetadata(meta.name, meta.namespace, meta.uid), spec)
+
+
 def _selector(outline: _Outline) -> WorkloadSelector | None:
     try:
         return msgspec.json.decode(outline.spec.get("selector", b"null"), type=WorkloadSelector | None)
@@ -134,4 +149,7 @@ def _resource(kind: str) -> Resource[Any]:
 _RESOURCES: Final[Mapping[str, Resource[Any]]] = {
     **{kind: _resource(kind) for kind in KINDS},
     "AuthorizationPolicy": replace(_resource("AuthorizationPolicy"), optional=True, stand_in=_closed_policy),
+    "PeerAuthentication": replace(_resource("PeerAuthentication"), optional=True, stand_in=_closed_peer_authentication),
+    "ServiceEntry": replace(_resource("ServiceEntry"), optional=True),
+    "WorkloadEntry": replace(_resource("WorkloadEntry"), optional=True),
 }

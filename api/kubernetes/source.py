@@ -7,25 +7,24 @@ leaves ends them and closes the connections; the state stays and is gone on from
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from undermesh.api.changes import changes
 from undermesh.api.kubernetes.access import Access
 from undermesh.api.kubernetes.api import Api
+from undermesh.api.kubernetes.assembly import FIELDS, Assembly
 from undermesh.api.kubernetes.errors import ApiError, NotFound
 from undermesh.api.kubernetes.resources import Resource, for_agent, for_control_plane
 from undermesh.api.kubernetes.table import Table
 from undermesh.api.kubernetes.watching import Listener, endless_watch
-from undermesh.api.objects import KINDS, Objects
+from undermesh.api.objects import Objects
 from undermesh.api.problems import Problem
 
 log = logging.getLogger(__name__)
-
-_FIELDS: Final[Mapping[str, str]] = dict(zip(KINDS, (field.name for field in dataclasses.fields(Objects)), strict=True))
 
 
 class KubernetesSource:
@@ -41,6 +40,7 @@ class KubernetesSource:
         self._tables = {resource.kind: Table(resource, api.server) for resource in resources}
         self._failures: dict[str, Problem] = {}
         self._objects = Objects()
+        self._assembly = Assembly(self._tables)
         self._errors: tuple[Problem, ...] = ()
         self._generation = 0
         self._news = asyncio.Event()
@@ -125,17 +125,12 @@ class KubernetesSource:
     def _publish(self) -> None:
         self._timer = None
         self._report()
-        objects = Objects(**{_FIELDS[kind]: self._view(kind) for kind in self._tables})
-        if self._generation and objects == self._objects:
+        objects = self._assembly.objects()
+        if self._generation and not any(_differ(self._objects, objects, kind) for kind in self._tables):
             return
         self._objects = objects
         self._generation += 1
         self._wake()
-
-    def _view(self, kind: str) -> Any:
-        """The table's state in the form that `Objects` holds; the old one if nothing has changed."""
-        rows = self._tables[kind].snapshot()
-        return rows if KINDS[kind].namespaced else {key.name: obj for key, obj in rows.items()}
 
     def _wake(self) -> None:
         news, self._news = self._news, asyncio.Event()
@@ -163,3 +158,7 @@ class KubernetesSource:
         for subject in sorted({p.subject for p in self._errors} - {p.subject for p in fresh}):
             log.info("%s: in order again", subject)
         self._errors = fresh
+
+
+def _differ(before: Objects, after: Objects, kind: str) -> bool:
+    return any(True for _ in changes(getattr(before, FIELDS[kind]), getattr(after, FIELDS[kind])))

@@ -7,11 +7,12 @@ makes the server answer with what is true now: one that lags behind cannot bring
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from undermesh.api.changes import Snapshot
 from undermesh.api.decode import DecodeError
 from undermesh.api.identity import ObjectKey
 from undermesh.api.kubernetes.resources import Resource
@@ -76,17 +77,23 @@ class Table(Generic[T]):
         self._server = server
         self._objects: dict[ObjectKey, T] = {}
         self._problems: dict[ObjectKey, Problem] = {}
-        self._snapshot: dict[ObjectKey, T] | None = None
+        self._snapshot: Snapshot[ObjectKey, T] = Snapshot({})
+        self._touched: set[ObjectKey] = set()
+        self._replaced = False
+        """Since the snapshot: which entries have changed, and whether a list took the place of all."""
 
     @property
     def problems(self) -> Iterable[Problem]:
         """Objects that are not in the state as they are on the server."""
         return self._problems.values()
 
-    def snapshot(self) -> Mapping[ObjectKey, T]:
-        """The state by key; the same mapping until something changes."""
-        if self._snapshot is None:
-            self._snapshot = self._objects.copy()
+    def snapshot(self) -> Snapshot[ObjectKey, T]:
+        """The state by key; the same one until something changes, and then one that knows what."""
+        if self._replaced:
+            self._snapshot = Snapshot(self._objects)
+        elif self._touched:
+            self._snapshot = self._snapshot.after({key: self._objects.get(key) for key in self._touched})
+        self._touched, self._replaced = set(), False
         return self._snapshot
 
     def read(self, items: Iterable[msgspec.Raw]) -> list[Row[T]]:
@@ -110,8 +117,7 @@ class Table(Generic[T]):
         self._objects, self._problems = objects, problems
         self.version = version
         self.listed = True
-        if changed:
-            self._snapshot = None
+        self._replaced |= changed
         return changed
 
     def apply(self, kind: str, data: bytes) -> bool:
@@ -134,7 +140,7 @@ class Table(Generic[T]):
         key, obj, problem = row
         if (obj, problem) == (self._objects.get(key), self._problems.get(key)):
             return False
-        self._snapshot = None
+        self._touched.add(key)
         if obj is None:
             self._objects.pop(key, None)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import secrets as randomness
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -12,12 +14,18 @@ from undermesh.api.kubernetes.api import Api
 from undermesh.api.kubernetes.source import KubernetesSource
 from undermesh.api.source import Source
 from undermesh.controlplane.authority import Authority
+from undermesh.controlplane.keeping import Keeping
 from undermesh.controlplane.kubernetes.leader import LeaderElection, LeaseTiming
+from undermesh.controlplane.kubernetes.policy_status import PolicyStatusWriter
+from undermesh.controlplane.kubernetes.replicas import Replicas
 from undermesh.controlplane.kubernetes.root_bundle import RootBundleWriter
 from undermesh.controlplane.kubernetes.secrets import KubernetesSecretStore
+from undermesh.controlplane.kubernetes.shared_reports import SharedReports
 from undermesh.controlplane.kubernetes.token_review import TokenReviewer
 from undermesh.controlplane.secret_store import SecretStore
+from undermesh.controlplane.server import ControlPlane, Share
 from undermesh.controlplane.tokens import Verifier
+from undermesh.controlplane.translate import Settings as MeshSettings
 
 LEASE = "undermesh-controlplane"
 
@@ -28,6 +36,7 @@ class KubernetesBackend:
     Args:
         kubeconfig: Credentials; None: see `Access`.
         namespace: Of our Secrets and Lease.
+        mesh: For what the nodes make of policies.
         review_tokens: Ask the API server about tokens; else the server's JWKS file is used.
         lease: How fast leadership moves.
 
@@ -43,6 +52,7 @@ class KubernetesBackend:
         kubeconfig: Path | None,
         *,
         namespace: str,
+        mesh: MeshSettings,
         review_tokens: bool,
         lease: LeaseTiming | None = None,
     ) -> None:
@@ -51,20 +61,42 @@ class KubernetesBackend:
         self._api = Api(access)
         self._namespace = namespace
         self._lease = lease
+        self._mesh = mesh
         self.source: Source = KubernetesSource.of_control_plane(Api(access))
         self.secrets: SecretStore | None = KubernetesSecretStore(self._api, namespace)
         self.verifier: Verifier | None = TokenReviewer(self._api) if review_tokens else None
+        self.share: Share | None = self._share_reports
+        # A container that starts again in its pod goes on with the lease of the one before.
+        self._replica = os.environ.get("POD_NAME") or f"{socket.gethostname()}-{randomness.token_hex(4)}"
 
     def writers(self, authority: Authority) -> Sequence[Callable[[], Awaitable[None]]]:
-        """The roots for every namespace, written by one replica at a time."""
+        """The roots for every namespace and the status of policies, written by one replica at a time."""
         identity = f"{socket.gethostname()}_{randomness.token_hex(4)}"
         election = LeaderElection(self._api, self._namespace, LEASE, identity, self._lease)
         bundle = RootBundleWriter(self._api, lambda: self.source.current.namespaces, lambda: authority.bundle_pem)
 
+        statuses = PolicyStatusWriter(self._api, self._mesh, lambda: self.source.errors)
+
+        async def write() -> None:
+            async with asyncio.TaskGroup() as jobs:
+                jobs.create_task(bundle.run())
+                jobs.create_task(statuses.run())
+
         async def write_as_leader() -> None:
-            await election.run(bundle.run)
+            await election.run(write)
 
         return (write_as_leader,)
+
+    def _share_reports(self, server: ControlPlane) -> Keeping:
+        return SharedReports(
+            self._api,
+            self._namespace,
+            Replicas(self._api, self._namespace, self._replica),
+            book=server.book,
+            publisher=server.publisher,
+            hub=server.hub,
+            answer_seconds=server.settings.answer_seconds,
+        )
 
     async def close(self) -> None:
         await self._api.close()

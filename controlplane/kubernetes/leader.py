@@ -22,6 +22,7 @@ import msgspec
 
 from undermesh.api.kubernetes import errors
 from undermesh.api.kubernetes.api import Api
+from undermesh.controlplane.kubernetes.complaint import Complaint
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class LeaderElection:
         self._seen_at = 0.0
         self._version = ""
         self._renewed_at = 0.0
-        self._complaint = ""
+        self._complaint = Complaint(log)
         self.leading = False
 
     async def run(self, work: Callable[[], Awaitable[None]]) -> NoReturn:
@@ -94,7 +95,7 @@ class LeaderElection:
         """
         while True:
             await self._acquire()
-            self._complaint = ""
+            self._complaint.end()
             log.info("leading as %s by lease %s/%s", self._identity, self._namespace, self._name)
             self.leading = True
             try:
@@ -193,10 +194,7 @@ class LeaderElection:
                     await self._write("PUT", self._path, spec)
 
     def _complain(self, what: str, error: errors.ApiError) -> None:
-        """Says it once, not at every attempt."""
-        if str(error) != self._complaint:
-            self._complaint = str(error)
-            log.warning("lease %s/%s %s: %s", self._namespace, self._name, what, error)
+        self._complaint.say(f"lease {self._namespace}/{self._name} {what}: {error}", cause=str(error))
 
     def _observe(self, lease: _Lease) -> None:
         self._version = lease.metadata.resource_version

@@ -20,6 +20,7 @@ from undermesh.api.kubernetes.api import MERGE_PATCH, Api
 from undermesh.api.kubernetes.resources import Resource
 from undermesh.api.kubernetes.table import Table
 from undermesh.api.kubernetes.watching import Listener, endless_watch
+from undermesh.controlplane.kubernetes.objects import ConfigMap
 
 log = logging.getLogger(__name__)
 
@@ -28,18 +29,6 @@ ENTRY: Final = "root-cert.pem"
 INTERVAL: Final = 0.5
 """Seconds between two looks at what is missing; a look costs no request."""
 LABELS: Final = {"app.kubernetes.io/managed-by": "undermesh"}
-
-
-class _Meta(msgspec.Struct, frozen=True, rename="camel"):
-    name: str
-    namespace: str
-    uid: str = ""
-    resource_version: str = ""
-
-
-class ConfigMap(msgspec.Struct, frozen=True):
-    metadata: _Meta
-    data: dict[str, str] | None = None
 
 
 _DECODER: Final = msgspec.json.Decoder(ConfigMap)

@@ -6,10 +6,11 @@ The conversion follows istiod's (reference/ztunnel.md 1.12 and 5.3) but for thes
   keys) counts as matching, so the rule denies more, never less. istiod lets a rule die whose clause was
   purely L7. In an ALLOW rule such a part drops the whole rule, as in istiod.
 * `spiffe://` before a principal is accepted.
-* CUSTOM denies what its rules match, since only a waypoint could ask the authoriser. AUDIT, and policies
-  with targetRefs, have no effect at L4. Notes say so.
+* CUSTOM denies what its rules match, since only a waypoint could ask the authoriser. Policies with targetRefs have
+  no effect at L4. Notes say so.
+* AUDIT records what its rules match, as a DENY would, and decides nothing; istiod leaves it out.
 * A policy that cannot be read (bad CIDR, bad port, an empty list, a `*` in the middle) fails closed as a
-  whole: ALLOW and CUSTOM let nobody in, DENY denies everybody.
+  whole: ALLOW and CUSTOM let nobody in, DENY denies everybody. An AUDIT records nothing.
 """
 
 from collections.abc import Mapping
@@ -33,41 +34,44 @@ class Conversion:
     Attributes:
         authorization: What the nodes enforce; None: nothing at L4.
         valid: False if the policy could not be read and therefore fails closed.
+        exact: False if L4 enforces something stricter than what is written.
         notes: For its author, one line each: how what is enforced differs from what is written.
     """
 
     authorization: rbac.Authorization | None
     valid: bool = True
+    exact: bool = True
     notes: tuple[str, ...] = ()
 
 
 def convert(policy: AuthorizationPolicy, settings: Settings) -> Conversion:
     """Convert one policy. Never raises for a policy that has its types right."""
     spec = policy.spec
-    if spec.action == "AUDIT":
-        return Conversion(None, notes=("AUDIT is not enforced at L4: the policy has no effect",))
     if _targeted(policy) and spec.selector is None:
-        return Conversion(None, notes=("targetRefs need a waypoint: the policy has no effect at L4",))
+        return Conversion(None, exact=False, notes=("targetRefs need a waypoint: the policy has no effect at L4",))
     dry_run = policy.metadata.annotations.get(DRY_RUN_ANNOTATION, "false")
     authorization = rbac.Authorization(
         name=policy.metadata.name,
         namespace=policy.metadata.namespace,
         scope=_scope(policy, settings),
         action=rbac.ALLOW if spec.action == "ALLOW" else rbac.DENY,
-        dry_run=dry_run == "true",
+        dry_run=dry_run == "true" or spec.action == "AUDIT",
+        audit=spec.action == "AUDIT",
     )
     notes = []
-    if dry_run not in ("true", "false"):
+    if dry_run not in ("true", "false") and spec.action != "AUDIT":
         notes.append(f"annotation {DRY_RUN_ANNOTATION}={dry_run[:64]} is not true: the policy is enforced")
     if spec.action == "CUSTOM":
         notes.append("CUSTOM needs a waypoint to ask its provider: what its rules match is denied until then")
     if not spec.rules and spec.action != "ALLOW":
         notes.append("without rules it matches nothing and has no effect")
     try:
-        notes += _add_rules(authorization, policy)
+        unjudged = _add_rules(authorization, policy)
     except ValueError as error:
         return _failed_closed(authorization, str(error))
-    return Conversion(authorization, notes=tuple(notes))
+    exact = spec.action != "CUSTOM" and not unjudged
+    notes += unjudged
+    return Conversion(authorization, exact=exact, notes=tuple(notes))
 
 
 def selects_pod(policy: AuthorizationPolicy, pod: Pod, settings: Settings) -> bool:
@@ -100,7 +104,7 @@ def _targeted(policy: AuthorizationPolicy) -> bool:
 
 
 def _add_rules(authorization: rbac.Authorization, policy: AuthorizationPolicy) -> list[str]:
-    """Convert the rules and return the notes.
+    """Convert the rules and return notes on what L4 cannot judge of them.
 
     Raises:
         ValueError: the policy cannot be read.
@@ -122,6 +126,8 @@ def _unjudged_note(path: str, action: str, names: tuple[str, ...]) -> str:
     what = f"L4 cannot judge {', '.join(names)}, which needs a waypoint"
     if action == "ALLOW":
         return f"{path} allows nobody: {what}"
+    if action == "AUDIT":
+        return f"{path} records more than is written: {what} and counts as met until then"
     return f"{path} denies more than is written: {what} and counts as met until then"
 
 
@@ -129,8 +135,10 @@ def _failed_closed(authorization: rbac.Authorization, cause: str) -> Conversion:
     """Replace the rules by what is safe: an ALLOW policy that matches nobody, a DENY that matches all."""
     del authorization.rules[:]
     effect = "allows nobody"
-    if authorization.action == rbac.DENY:
+    if authorization.audit:
+        effect = "records nothing"
+    elif authorization.action == rbac.DENY:
         authorization.rules.add()
         effect = "denies everybody"
     note = f"{cause}; until this is corrected the policy {effect}"
-    return Conversion(authorization, valid=False, notes=(note,))
+    return Conversion(authorization, valid=False, exact=False, notes=(note,))

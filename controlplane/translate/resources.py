@@ -1,6 +1,7 @@
 """How a resource is named, serialised and versioned."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from google.protobuf.message import Message
@@ -24,6 +25,18 @@ class Resource(NamedTuple):
 
     version: str
     body: bytes
+
+
+class Update(NamedTuple):
+    """A step from one state of the resources to the next.
+
+    Attributes:
+        resources: The new state of each resource that may have changed; None: there is no such resource.
+        complete: There are no others: what is missing here is no more.
+    """
+
+    resources: Mapping[ResourceKey, Resource | None]
+    complete: bool
 
 
 def encode(message: Message) -> Resource:

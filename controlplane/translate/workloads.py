@@ -7,12 +7,14 @@ from typing import Final
 from undermesh.api.core import Node, Pod, Service
 from undermesh.api.identity import workload_uid
 from undermesh.controlplane.translate import services as svc
+from undermesh.controlplane.translate import waypoints
 from undermesh.controlplane.translate.settings import Settings
 from undermesh.proto import report_pb2
 from undermesh.proto import workload_pb2 as wds
 
 _NAME_LABELS: Final = ("service.istio.io/canonical-name", "app.kubernetes.io/name", "app")
 _REVISION_LABELS: Final = ("service.istio.io/canonical-revision", "app.kubernetes.io/version", "version")
+ZONE_LABEL: Final = "topology.kubernetes.io/zone"
 _TEMPLATE_HASH: Final = "pod-template-hash"
 # A CronJob names its jobs after itself and the minute they are due.
 _CRON_JOB: Final = re.compile(r"\A(?P<name>.+)-\d{8,10}\Z")
@@ -29,6 +31,7 @@ def workload_message(
     state: int,
     node: Node | None,
     services: Iterable[Service],
+    given: Mapping[str, wds.PortList],
     policies: Iterable[str],
     settings: Settings,
 ) -> wds.Workload:
@@ -39,12 +42,15 @@ def workload_message(
         state: What its node reported of it, a `PodState` of report.proto: only this makes it a tunnel peer.
         node: Its Node object, for the locality; None where there is none.
         services: The services that select it.
+        given: Its ports by resource name of a service, as EndpointSlices have them beside the selectors.
         policies: Names, "namespace/name", of the policies whose selector matches it.
         settings: The mesh.
     """
     meta, spec = pod.metadata, pod.spec
     name, kind = _owner(pod)
     offered = ((svc.resource_name(s, settings), svc.endpoint_ports(s, pod)) for s in services)
+    selected = {key: ports for key, ports in offered if ports is not None}
+    waypoint = waypoints.own(meta)
     return wds.Workload(
         uid=workload_uid(settings.cluster, meta.namespace, meta.name),
         name=meta.name,
@@ -54,6 +60,7 @@ def workload_message(
         tunnel_protocol=_tunnel_protocol(pod, state),
         trust_domain=settings.trust_domain,
         service_account=spec.service_account_name,
+        waypoint=waypoints.address(waypoint, settings) if waypoint is not None else None,
         node=spec.node_name,
         canonical_name=_first_label(meta.labels, _NAME_LABELS, name),
         canonical_revision=_first_label(meta.labels, _REVISION_LABELS, "latest"),
@@ -62,8 +69,8 @@ def workload_message(
         authorization_policies=sorted(policies),
         status=wds.HEALTHY if pod.ready and not meta.deletion_timestamp else wds.UNHEALTHY,
         cluster_id=settings.cluster,
-        services={key: ports for key, ports in offered if ports is not None},
-        locality=_locality(node),
+        services=selected | {key: svc.merged(selected.get(key), ports) for key, ports in given.items()},
+        locality=locality(node),
         network_mode=wds.HOST_NETWORK if spec.host_network else wds.STANDARD,
     )
 
@@ -92,11 +99,12 @@ def _owner(pod: Pod) -> tuple[str, wds.WorkloadType.ValueType]:
     return owner.name, wds.POD
 
 
-def _locality(node: Node | None) -> wds.Locality | None:
+def locality(node: Node | None, *, zone: str = "") -> wds.Locality | None:
+    """Where a node is; `zone` holds where the node does not say."""
     labels = node.metadata.labels if node else {}
-    locality = wds.Locality(
+    found = wds.Locality(
         region=labels.get("topology.kubernetes.io/region", ""),
-        zone=labels.get("topology.kubernetes.io/zone", ""),
+        zone=labels.get(ZONE_LABEL, zone),
         subzone=labels.get("topology.istio.io/subzone", ""),
     )
-    return locality if locality.ByteSize() else None
+    return found if found.ByteSize() else None

@@ -25,7 +25,9 @@ from undermesh.agent.control import ControlPlane as Control
 from undermesh.agent.control import ControlPlaneSettings
 from undermesh.agent.reports import Reporter, ReportSettings
 from undermesh.api.files import FileSource
+from undermesh.controlplane.cluster import Cluster
 from undermesh.controlplane.mesh import Translator
+from undermesh.controlplane.report_book import ReportBook
 from undermesh.controlplane.server import ControlPlane, Settings, Translate
 from undermesh.controlplane.translate import Settings as MeshSettings
 from undermesh.proto import ca_pb2, ca_pb2_grpc
@@ -185,6 +187,15 @@ class World:
             yield control
         finally:
             await control.close()
+
+
+def reported(server: ControlPlane) -> dict[str, int]:
+    """What the control plane believes of the pods that it knows, but for plain ones."""
+    return states(server.book, server.cluster)
+
+
+def states(book: ReportBook, cluster: Cluster) -> dict[str, int]:
+    return {uid: state for uid, pod in cluster.by_uid.items() if (state := book.state(pod))}
 
 
 @contextlib.asynccontextmanager

@@ -187,10 +187,10 @@ async def test_an_account_is_refused_once_its_last_pod_has_finished(world: World
         assert await sign(control, WEB)
         pods = [dataclasses.replace(pod, phase="Failed") if pod.name == "web" else pod for pod in PODS]
         world.write_pods(pods)
-        await until(lambda: ("shop", "web") not in server._cluster.accounts["node-a"])
+        await until(lambda: ("shop", "web") not in server.cluster.accounts("node-a"))
         assert (await refusal(sign(control, WEB)))[0] == grpc.StatusCode.UNAUTHENTICATED
         world.write_pods([*pods, PodSpec("shop", "web-2", "node-a", "web", phase="Pending")])
-        await until(lambda: ("shop", "web") in server._cluster.accounts["node-a"])
+        await until(lambda: ("shop", "web") in server.cluster.accounts("node-a"))
         assert await sign(control, WEB), "a pod that is about to start counts"
 
 

@@ -5,22 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import yaml
-from controlplane_harness import PODS, PodSpec, World, reporting, sign, until
+from controlplane_harness import PODS, PodSpec, World, reported, reporting, sign, until
 
 from undermesh.agent.control import ControlPlane
 from undermesh.agent.reports import PodReport
 from undermesh.agent.xds import Refused, XdsClient, XdsSettings
-from undermesh.agent.xds_state import ADDRESS, AUTHORIZATION, Batch, Resource, ResourceState
-from undermesh.controlplane.publisher import Resources
+from undermesh.agent.xds_state import ADDRESS, AUTHORIZATION, Batch, Resource
+from undermesh.api.core import Pod, PodIP, PodStatus
+from undermesh.api.meta import Metadata
+from undermesh.api.objects import Objects
+from undermesh.controlplane.mesh import Translator
 from undermesh.controlplane.translate import Resource as Published
-from undermesh.controlplane.translate import ResourceKey
+from undermesh.controlplane.translate import ResourceKey, Update
+from undermesh.controlplane.translate import Settings as MeshSettings
 from undermesh.proto import authorization_pb2, discovery_pb2, discovery_pb2_grpc, report_pb2, workload_pb2
 
 WEB = "Kubernetes//Pod/shop/web"
@@ -81,8 +85,16 @@ class Table:
     def __init__(self) -> None:
         self.resources: dict[ResourceKey, Published] = {}
 
-    def __call__(self, *_: object) -> Resources:
-        return dict(self.resources)
+    def take(self, objects: Objects) -> None:
+        return None
+
+    def reported(self, uids: Iterable[str]) -> None:
+        return None
+
+    def derive(self, state_of: Callable[[Pod], int]) -> Update:
+        if ResourceKey(ADDRESS, "poison") in self.resources:
+            raise ValueError("poison")
+        return Update(dict(self.resources), complete=True)
 
     def put(self, world: World, *, address: dict[str, Published | None], **policies: Published) -> None:
         for name, item in address.items():
@@ -150,15 +162,6 @@ async def test_a_restarted_agent_starts_from_its_state_file(world: World, tmp_pa
             await until(lambda: node.client.status().connected, seconds=10)
             await asyncio.sleep(0.3)
             assert node.batches == [], "the same state is not applied again"
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xff\xff", b"hello"])
-def test_a_damaged_state_file_counts_as_none(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "xds.bin"
-    path.write_bytes(content)
-    state = ResourceState()
-    state.load(path)
-    assert state.resources == {}
 
 
 async def test_a_resource_that_cannot_be_decoded_is_refused_alone(
@@ -317,20 +320,14 @@ async def test_an_agent_whose_pod_is_gone_hears_and_says_nothing_more(world: Wor
         assert node.batches == []
         reporter.update([])
         await until(lambda: "refused this node" in (reporter.status().error or ""))
-        assert server.book.states(server._cluster) == {"uid-shop-web": report_pb2.SENDS_TUNNELS}
+        assert reported(server) == {"uid-shop-web": report_pb2.SENDS_TUNNELS}
 
 
 async def test_a_source_that_cannot_be_translated_leaves_what_is_published(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     table = Table()
-
-    def translate(*arguments: object) -> Resources:
-        if ResourceKey(ADDRESS, "poison") in table.resources:
-            raise ValueError("poison")
-        return table(*arguments)
-
-    async with world.running(translate=translate), agent(world, "node-a") as node:
+    async with world.running(translate=table), agent(world, "node-a") as node:
         table.put(world, address={"a": workload("a")})
         await until(lambda: node.version("a"))
         table.put(world, address={"poison": workload("poison"), "b": workload("b")})
@@ -338,6 +335,28 @@ async def test_a_source_that_cannot_be_translated_leaves_what_is_published(
         assert node.version("a") and not node.version("b")
         table.put(world, address={"poison": None})
         await until(lambda: node.version("b"))
+
+
+def test_a_translation_that_fails_is_begun_anew(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    web = Pod(Metadata("web", "shop", "u"), status=PodStatus(pod_ips=(PodIP("10.9.0.1"),)))
+    translator = Translator(MeshSettings())
+    translator.take(Objects.of([web]))
+    assert set(translator.derive(lambda _: 0).resources) == {ResourceKey(ADDRESS, WEB)}
+    with monkeypatch.context() as broken:
+        broken.setattr("undermesh.controlplane.translate.index.encode", lambda _: 1 / 0)
+        translator.reported(["u"])
+        with pytest.raises(ZeroDivisionError):
+            translator.derive(lambda _: 0)
+    with monkeypatch.context() as broken:
+        translator.derive(lambda _: 0)
+        broken.setattr("undermesh.controlplane.translate.index.changes", lambda *_: 1 / 0)
+        translator.take(Objects())
+        assert "everything is translated anew" in caplog.text
+    translator.take(Objects.of([web]))
+    update = translator.derive(lambda _: 0)
+    assert update.complete and set(update.resources) == {ResourceKey(ADDRESS, WEB)}
 
 
 async def test_a_wrong_token_is_told_in_the_agents_status(world: World) -> None:

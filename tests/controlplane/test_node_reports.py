@@ -8,7 +8,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from controlplane_harness import PODS, PodSpec, World, agent_pod, refusal, reporting, until
+from controlplane_harness import PODS, PodSpec, World, agent_pod, refusal, reported, reporting, states, until
 from test_discovery import WEB, Agent, agent
 
 from undermesh.agent.reports import PodReport
@@ -104,7 +104,7 @@ async def test_a_node_speaks_for_its_own_pods_only(world: World, caplog: pytest.
         pods = [PodReport(WEB_UID, SENDS), PodReport(DB_UID, SENDS), PodReport("uid-shop-batch", SENDS)]
         async with asyncio.timeout(5):
             await reporter.wait_published(reporter.update(pods))
-        assert server.book.states(server._cluster) == {WEB_UID: SENDS}
+        assert reported(server) == {WEB_UID: SENDS}
         assert "do not run there, ignored: uid-shop-batch, uid-shop-db" in caplog.text
 
 
@@ -150,7 +150,7 @@ async def test_an_agents_restart_and_the_control_planes_turn_no_pod_plain(world:
         async with world.running() as server:
             await until(lambda: far.client.status().connected, seconds=10)
             await asyncio.sleep(0.3)
-            assert server.book.states(server._cluster) == {WEB_UID: SENDS}
+            assert reported(server) == {WEB_UID: SENDS}
             assert far.batches == [] and protocol(far) == workload_pb2.HBONE
             async with reporting(world, "node-a") as reporter:
                 async with asyncio.timeout(5):
@@ -171,7 +171,7 @@ async def test_a_reconnect_reports_again_by_itself(world: World) -> None:
         async with world.running() as server:
             async with asyncio.timeout(10):
                 await reporter.wait_published(newer)
-            assert server.book.states(server._cluster) == {WEB_UID: ACCEPTS}
+            assert reported(server) == {WEB_UID: ACCEPTS}
 
 
 def cluster(tmp_path: Path, pods: list[PodSpec]) -> Cluster:
@@ -204,11 +204,14 @@ def test_a_report_stands_while_an_agent_may_come_back(tmp_path: Path, name: str)
     book.opened("node-a")
     book.record("node-a", _report(WEB_UID))
     now[0] += 10_000
-    assert book.expire(state) == [], "an open stream never expires"
+    assert book.expired(state) == [], "an open stream never expires"
     book.closed("node-a")
     now[0] += seconds
-    assert book.expire(state) == ([] if stands else ["node-a"])
-    assert book.states(state) == ({WEB_UID: SENDS} if stands else {})
+    gone = book.expired(state)
+    assert gone == ([] if stands else ["node-a"])
+    for node in gone:
+        book.forget(node)
+    assert states(book, state) == ({WEB_UID: SENDS} if stands else {})
 
 
 def test_two_streams_of_one_node_count_as_one_presence(tmp_path: Path) -> None:
@@ -221,7 +224,7 @@ def test_two_streams_of_one_node_count_as_one_presence(tmp_path: Path) -> None:
     book.record("node-a", _report(WEB_UID))
     book.closed("node-a")
     now[0] += AWAY_SECONDS * 2
-    assert book.expire(state) == [] and book.open_nodes() == 1
+    assert book.expired(state) == [] and book.open_nodes() == 1
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"node-a": {"x": "UNKNOWN_STATE"}}', '{"node-a": 3}'])
@@ -244,4 +247,4 @@ def test_a_state_of_a_later_version_counts_as_plain(tmp_path: Path) -> None:
     )
     assert report.pods[0].uid == WEB_UID and report.pods[0].state == 99
     book.record("node-a", report)
-    assert book.states(cluster(tmp_path, list(PODS))) == {}
+    assert states(book, cluster(tmp_path, list(PODS))) == {}

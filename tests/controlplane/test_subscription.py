@@ -9,15 +9,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from undermesh.controlplane.board import Board
 from undermesh.controlplane.subscription import CHUNK_BYTES, Response, Subscription
-from undermesh.controlplane.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE, Resource, ResourceKey
+from undermesh.controlplane.translate import ADDRESS_TYPE, AUTHORIZATION_TYPE, Resource, ResourceKey, Update
 from undermesh.proto import discovery_pb2
 
 TYPES = (AUTHORIZATION_TYPE, ADDRESS_TYPE)
 State = dict[tuple[str, str], str]
 
 
-def resources(state: State) -> dict[ResourceKey, Resource]:
-    return {ResourceKey(*key): Resource(version, version.encode()) for key, version in state.items()}
+def update(state: State) -> Update:
+    """The whole state."""
+    return Update({ResourceKey(*key): Resource(version, version.encode()) for key, version in state.items()}, True)
 
 
 def subscribe(type_url: str, versions: dict[str, str] | None = None) -> discovery_pb2.DeltaDiscoveryRequest:
@@ -40,7 +41,7 @@ def ack(response: Response, refusal: str | None = None) -> discovery_pb2.DeltaDi
 
 def published(state: State | None = None) -> Board:
     board = Board()
-    board.publish(resources(state or {}))
+    board.apply(update(state or {}))
     return board
 
 
@@ -52,7 +53,7 @@ def subscribed(board: Board, *types: str) -> Subscription:
 
 
 def push(board: Board, subscription: Subscription, state: State) -> None:
-    subscription.changed(board.publish(resources(state)))
+    subscription.changed(board.apply(update(state)))
 
 
 def settle(subscription: Subscription) -> list[discovery_pb2.DeltaDiscoveryResponse]:
@@ -189,7 +190,7 @@ def test_types_that_nobody_serves_are_ignored() -> None:
 def test_a_large_state_is_cut_into_messages_and_only_the_last_says_complete() -> None:
     board = Board()
     body = b"x" * (CHUNK_BYTES // 10)
-    board.publish({ResourceKey(ADDRESS_TYPE, f"{n:03}"): Resource("1", body) for n in range(35)})
+    board.apply(Update({ResourceKey(ADDRESS_TYPE, f"{n:03}"): Resource("1", body) for n in range(35)}, True))
     subscription = subscribed(board, ADDRESS_TYPE)
     responses = subscription.take()
     decoded = list(map(decode, responses))

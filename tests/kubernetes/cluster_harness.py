@@ -19,34 +19,36 @@ from undermesh.lab.apiserver.server import ApiServer, Settings
 SYSTEM = "undermesh-system"
 AGENT = "undermesh-agent"
 
-POLICY_DEFINITION = {
-    "apiVersion": "apiextensions.k8s.io/v1",
-    "kind": "CustomResourceDefinition",
-    "metadata": {"name": "authorizationpolicies.security.istio.io"},
-    "spec": {
-        "group": "security.istio.io",
-        "scope": "Namespaced",
-        "names": {
-            "kind": "AuthorizationPolicy",
-            "plural": "authorizationpolicies",
-            "singular": "authorizationpolicy",
-            "listKind": "AuthorizationPolicyList",
+
+def definition(kind: str, plural: str, group: str) -> dict[str, Any]:
+    """A kind of Istio's that takes any spec."""
+    anything = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    version = {
+        "name": "v1",
+        "served": True,
+        "storage": True,
+        "subresources": {"status": {}},
+        "schema": {"openAPIV3Schema": {"type": "object", "properties": {"spec": anything, "status": anything}}},
+    }
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{plural}.{group}"},
+        "spec": {
+            "group": group,
+            "scope": "Namespaced",
+            "names": {"kind": kind, "plural": plural, "singular": kind.lower(), "listKind": f"{kind}List"},
+            "versions": [version],
         },
-        "versions": [
-            {
-                "name": "v1",
-                "served": True,
-                "storage": True,
-                "schema": {
-                    "openAPIV3Schema": {
-                        "type": "object",
-                        "properties": {"spec": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
-                    }
-                },
-            }
-        ],
-    },
-}
+    }
+
+
+DEFINITIONS = (
+    definition("AuthorizationPolicy", "authorizationpolicies", "security.istio.io"),
+    definition("PeerAuthentication", "peerauthentications", "security.istio.io"),
+    definition("ServiceEntry", "serviceentries", "networking.istio.io"),
+    definition("WorkloadEntry", "workloadentries", "networking.istio.io"),
+)
 
 
 class Cluster:
@@ -70,6 +72,11 @@ class Cluster:
 
     async def delete(self, path: str) -> None:
         await self.api.request("DELETE", path, body={"gracePeriodSeconds": 0})
+
+    async def define_kinds(self) -> None:
+        """Install the kinds of Istio's that are read."""
+        for one in DEFINITIONS:
+            await self.create("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", one)
 
     async def namespace(self, name: str) -> None:
         await self.create("/api/v1/namespaces", {"metadata": {"name": name}})

@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
-from cluster_harness import AGENT, POLICY_DEFINITION, SYSTEM, Cluster, running
+from cluster_harness import AGENT, SYSTEM, Cluster, running
 from cryptography import x509
 from google.protobuf import struct_pb2
 from source_harness import until
@@ -33,7 +33,13 @@ READ = ["list", "watch"]
 CLUSTER_RULES: list[dict[str, Any]] = [
     {"apiGroups": [""], "resources": ["namespaces", "nodes", "pods", "serviceaccounts", "services"], "verbs": READ},
     {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": READ},
-    {"apiGroups": ["security.istio.io"], "resources": ["authorizationpolicies"], "verbs": READ},
+    {"apiGroups": ["security.istio.io"], "resources": ["authorizationpolicies", "peerauthentications"], "verbs": READ},
+    {"apiGroups": ["networking.istio.io"], "resources": ["serviceentries", "workloadentries"], "verbs": READ},
+    {
+        "apiGroups": ["security.istio.io"],
+        "resources": ["authorizationpolicies/status", "peerauthentications/status"],
+        "verbs": ["patch"],
+    },
     {"apiGroups": ["authentication.k8s.io"], "resources": ["tokenreviews"], "verbs": ["create"]},
     # Kubernetes would let the name in our field selector count as the name; the lab's server does not know of it.
     {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["create", *READ]},
@@ -50,6 +56,9 @@ ROLE_RULES: list[dict[str, Any]] = [
         "resourceNames": ["undermesh-controlplane"],
         "verbs": ["get", "update"],
     },
+    # What the nodes reported, and the replicas that live: a name for each node and replica.
+    {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["create", "update", "delete", *READ]},
+    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create", "patch", "delete", *READ]},
 ]
 RBAC = "/apis/rbac.authorization.k8s.io/v1"
 
@@ -85,7 +94,7 @@ class World:
         log = self.cluster.directory / f"replica-{number}.log"
         self.logs.append(log)
         command = [sys.executable, "-m", "undermesh.controlplane", "--source", f"kubernetes:{self.kubeconfig}"]
-        command += ["--state", str(self.cluster.directory / f"state-{number}"), "--token-review"]
+        command += ["--token-review"]
         command += ["--listen", f"127.0.0.1:{port}"]
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(*command, stderr=output)
@@ -124,16 +133,21 @@ class World:
         return x509.load_pem_x509_certificate(response.cert_chain[0].encode())
 
 
+async def installed(cluster: Cluster) -> Path:
+    """Make what the control plane needs; its kubeconfig."""
+    await cluster.namespace(SYSTEM)
+    await cluster.namespace("shop")
+    await cluster.define_kinds()
+    await cluster.account(SYSTEM, ACCOUNT)
+    await grant(cluster)
+    token = await cluster.token(SYSTEM, ACCOUNT, audience=API_AUDIENCE)
+    return cluster.kubeconfig_with("controlplane", token)
+
+
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     async with running(tmp_path, rbac=True) as cluster:
-        await cluster.namespace(SYSTEM)
-        await cluster.namespace("shop")
-        await cluster.create("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", POLICY_DEFINITION)
-        await cluster.account(SYSTEM, ACCOUNT)
-        await grant(cluster)
-        token = await cluster.token(SYSTEM, ACCOUNT, audience=API_AUDIENCE)
-        yield World(cluster, cluster.kubeconfig_with("controlplane", token))
+        yield World(cluster, await installed(cluster))
 
 
 async def test_two_replicas_share_one_root_and_sign_for_the_agents_of_the_cluster(world: World) -> None:
@@ -174,14 +188,14 @@ async def test_a_replica_that_starts_before_the_api_server_answers_waits_for_it(
         (["--source", "kubernetes:/nonexistent", "--token-review"], 78, "correct the kubeconfig"),
         (["--source", "kubernetes:", "--token-review"], 64, "a kubeconfig is missing"),
         (["--source", "files:/tmp", "--token-review"], 64, "--token-review needs --source kubernetes"),
+        (["--source", "files:/tmp", "--token-jwks", "x", "--token-issuer", "x"], 64, "--state is required"),
+        (["--source", "kubernetes", "--token-review", "--state", "/tmp"], 64, "the API server keeps everything"),
         (["--source", "kubernetes"], 64, "--token-jwks and --token-issuer are required, or --token-review"),
         (["--source", "kubernetes", "--token-review", "--token-issuer", "x"], 64, "exclude each other"),
     ],
 )
-def test_a_wrong_choice_of_source_ends_it_with_one_line(
-    tmp_path: Path, arguments: list[str], code: int, text: str
-) -> None:
-    command = [sys.executable, "-m", "undermesh.controlplane", "--state", str(tmp_path), "--listen", "127.0.0.1:0"]
+def test_a_wrong_choice_of_source_ends_it_with_one_line(arguments: list[str], code: int, text: str) -> None:
+    command = [sys.executable, "-m", "undermesh.controlplane", "--listen", "127.0.0.1:0"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == code and text in done.stderr, done.stderr
     assert "Traceback" not in done.stderr

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from cluster_harness import POLICY_DEFINITION, Cluster, running
+from cluster_harness import Cluster, running
 from source_harness import FAST, Watched, until
 
 from undermesh.api.identity import ObjectKey
@@ -18,6 +18,8 @@ from undermesh.api.kubernetes.source import KubernetesSource
 from undermesh.lab.apiserver.faults import Fault
 from undermesh.lab.apiserver.server import ApiServer, Settings
 
+# Not installed there.
+KINDS_OF_ISTIO = ["AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry"]
 POLICIES = "/apis/security.istio.io/v1/namespaces/shop/authorizationpolicies"
 
 
@@ -29,7 +31,7 @@ async def source(cluster: Cluster) -> AsyncIterator[Watched]:
 
 
 async def test_every_kind_is_read_as_the_server_writes_it(cluster: Cluster, source: Watched) -> None:
-    await cluster.create("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", POLICY_DEFINITION)
+    await cluster.define_kinds()
     await cluster.namespace("shop")
     await cluster.create(
         "/api/v1/nodes", {"metadata": {"name": "node-a", "labels": {"topology.kubernetes.io/zone": "z1"}}}
@@ -58,14 +60,38 @@ async def test_every_kind_is_read_as_the_server_writes_it(cluster: Cluster, sour
             "spec": {"action": "DENY", "rules": [{"to": [{"operation": {"ports": ["80"]}}]}]},
         },
     )
+    await cluster.create(
+        POLICIES.replace("authorizationpolicies", "peerauthentications"),
+        {
+            "apiVersion": "security.istio.io/v1",
+            "kind": "PeerAuthentication",
+            "metadata": {"name": "ports"},
+            "spec": {"selector": {"matchLabels": {"app": "web"}}, "portLevelMtls": {"80": {"mode": "STRICT"}}},
+        },
+    )
+    entries = "/apis/networking.istio.io/v1/namespaces/shop"
+    outer = {"apiVersion": "networking.istio.io/v1"}
+    service = {"hosts": ["db.example"], "addresses": ["203.0.113.1"], "ports": [{"number": 80, "name": "a"}]}
+    await cluster.create(
+        f"{entries}/serviceentries", {**outer, "kind": "ServiceEntry", "metadata": {"name": "db"}, "spec": service}
+    )
+    machine = {"address": "192.0.2.8", "ports": {"a": 8000}}
+    await cluster.create(
+        f"{entries}/workloadentries", {**outer, "kind": "WorkloadEntry", "metadata": {"name": "vm"}, "spec": machine}
+    )
     first = await source.start()
     assert source.source.errors == ()
+    assert first.service_entries[ObjectKey("shop", "db")].spec.hosts == ("db.example",)
+    assert first.workload_entries[ObjectKey("shop", "vm")].spec.ports == {"a": 8000}
     key = ObjectKey("shop", "web")
     assert "shop" in first.namespaces and "node-a" in first.nodes
     assert ObjectKey("shop", "default") in first.service_accounts
     assert [str(address) for address in first.pods[key].addresses] == ["10.0.0.1"]
     assert first.services[key].spec.addresses and first.services[key].spec.ports[0].port == 80
     assert first.authorization_policies[ObjectKey("shop", "closed")].spec.action == "DENY"
+    ports = first.peer_authentications[ObjectKey("shop", "ports")]
+    assert {str(port): entry.mode for port, entry in ports.spec.port_level_mtls.items()} == {"80": "STRICT"}
+    assert ports.metadata.creation_timestamp > "2026"
     outside = first.endpoint_slices[ObjectKey("shop", "outside")]
     assert outside.service == "db" and outside.endpoints[0].addresses == ("192.0.2.9",)
 
@@ -74,7 +100,7 @@ async def test_policies_count_once_their_definition_is_installed(cluster: Cluste
     await cluster.namespace("shop")
     await source.start()
     await until(lambda: "there are none until the kind is installed" in source.errors)
-    await cluster.create("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", POLICY_DEFINITION)
+    await cluster.define_kinds()
     await until(lambda: source.source.errors == ())
     await cluster.create(
         POLICIES,
@@ -145,7 +171,7 @@ async def test_while_the_server_is_away_the_last_state_stands_and_then_the_diffe
             await cluster.delete("/api/v1/namespaces/shop/pods/goes")
             await cluster.pod("shop", "comes", "10.0.0.3")
             await source.pods_are("comes", "stays")
-            await until(lambda: [problem.subject for problem in source.source.errors] == ["AuthorizationPolicy"])
+            await until(lambda: sorted(problem.subject for problem in source.source.errors) == KINDS_OF_ISTIO)
     finally:
         await source.stop()
         await cluster.api.close()

@@ -114,6 +114,24 @@ def test_the_strictest_policy_stands_for_an_unreadable_one(name: str) -> None:
     assert (found.spec.action, found.spec.rules == (Rule(),), found.spec.selector is not None) == expected
 
 
+@pytest.mark.parametrize(
+    ("spec", "labels"),
+    [
+        ({"mtls": {"mode": "strict"}}, None),
+        ({"mtls": {"mode": "PERMISSIVE", "grace": 1}, "selector": {"matchLabels": {"app": "web"}}}, {"app": "web"}),
+        ({"selector": {"matchLabels": {"app": 5}}}, None),
+    ],
+)
+def test_strict_stands_for_an_unreadable_peer_authentication(
+    spec: dict[str, Any], labels: dict[str, str] | None
+) -> None:
+    state = table("PeerAuthentication")
+    state.replace(state.read([raw(policy("p", **spec))]), "1")
+    found = state.snapshot()[ObjectKey("shop", "p")]
+    assert found.spec.mtls.mode == "STRICT" and found.metadata.creation_timestamp == ""
+    assert (dict(found.spec.selector.match_labels) if found.spec.selector else None) == labels
+
+
 def test_the_last_good_policy_is_preferred_to_the_strictest() -> None:
     state = table("AuthorizationPolicy")
     good = policy("p", action="ALLOW", rules=[{"to": [{"operation": {"ports": ["80"]}}]}])

@@ -278,7 +278,10 @@ def test_a_policy_that_cannot_be_read_fails_closed_as_a_whole(rule: str, cause: 
 WHOLE_POLICIES = [
     ("action: ALLOW", True, 0, ()),
     ("action: DENY", True, 0, ("without rules it matches nothing",)),
-    ("action: AUDIT\nrules: [{}]", False, 0, ("AUDIT is not enforced at L4",)),
+    ("action: AUDIT\nrules: [{}]", True, 1, ()),
+    ("action: AUDIT", True, 0, ("without rules it matches nothing",)),
+    ("action: AUDIT\nrules: [{to: [{operation: {paths: [/x]}}]}]", True, 1, ("spec.rules[0] records more than",)),
+    ("action: AUDIT\nrules: [{from: []}]", True, 0, ("spec.rules[0].from: an empty list",)),
     ("targetRefs: [{kind: Gateway, name: w}]\nrules: [{}]", False, 0, ("targetRefs need a waypoint",)),
     ("targetRef: {kind: Gateway, name: w}\naction: DENY\nrules: [{}]", False, 0, ("targetRefs need a waypoint",)),
     (
@@ -300,6 +303,14 @@ def test_what_is_not_enforced_at_l4_is_said(spec: str, published: bool, count: i
         assert len(outcome.authorization.rules) == count
     assert len(outcome.notes) == len(notes)
     assert all(text.startswith(start) for text, start in zip(outcome.notes, notes, strict=True))
+
+
+def test_an_audit_decides_nothing_whoever_reads_it() -> None:
+    for rule in ("{}", "from: []"):
+        outcome = convert(policy(f"action: AUDIT\nrules:\n- {rule}"), SETTINGS)
+        assert outcome.authorization is not None
+        assert outcome.authorization.audit and outcome.authorization.dry_run
+    assert outcome.notes[-1].endswith("until this is corrected the policy records nothing")
 
 
 @pytest.mark.parametrize(

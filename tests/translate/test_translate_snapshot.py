@@ -219,6 +219,27 @@ BALANCING = [
             mode=wds.LoadBalancing.FAILOVER,
         ),
     ),
+    (
+        "trafficDistribution: PreferSameZone",
+        wds.LoadBalancing(
+            routing_preference=[wds.LoadBalancing.NETWORK, wds.LoadBalancing.REGION, wds.LoadBalancing.ZONE],
+            mode=wds.LoadBalancing.FAILOVER,
+        ),
+    ),
+    (
+        "trafficDistribution: PreferSameNode, publishNotReadyAddresses: true",
+        wds.LoadBalancing(
+            routing_preference=[
+                wds.LoadBalancing.NETWORK,
+                wds.LoadBalancing.REGION,
+                wds.LoadBalancing.ZONE,
+                wds.LoadBalancing.SUBZONE,
+                wds.LoadBalancing.NODE,
+            ],
+            mode=wds.LoadBalancing.FAILOVER,
+            health_policy=wds.LoadBalancing.ALLOW_ALL,
+        ),
+    ),
     ("internalTrafficPolicy: Cluster, trafficDistribution: Unheard", None),
 ]
 
@@ -371,10 +392,10 @@ def test_carried_names_are_sorted_and_always_published() -> None:
         pol("bad", "shop", f"{selector}rules: [{{from: []}}]"),
     )
     names = list(workload(translation, "web").authorization_policies)
-    assert names == ["shop/bad", "shop/z", "undermesh-system/a"]
+    assert names == ["shop/audit", "shop/bad", "shop/z", "undermesh-system/a"]
     assert published(translation, AUTHORIZATION_TYPE) == names
     assert {str(key): bool(c.notes) for key, c in translation.conversions.items()} == {
-        "shop/audit": True,
+        "shop/audit": False,
         "shop/bad": True,
         "shop/z": False,
         "undermesh-system/a": False,

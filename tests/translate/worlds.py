@@ -32,6 +32,14 @@ def policy(spec: str, *, name: str = "p", namespace: str = "shop", annotations: 
     return objects.authorization_policies[next(iter(objects.authorization_policies))]
 
 
+def peer_authentication(name: str, namespace: str, spec: str, *, created: str = "2026-01-01T00:00:00Z") -> str:
+    """A PeerAuthentication as text, its spec in YAML flow form without the outer braces."""
+    return (
+        "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n"
+        f"metadata: {{name: {name}, namespace: {namespace}, creationTimestamp: '{created}'}}\nspec: {{{spec}}}\n"
+    )
+
+
 def workload(translation: Translation, name: str, namespace: str = "shop") -> wds.Workload:
     key = ResourceKey(ADDRESS_TYPE, f"Kubernetes//Pod/{namespace}/{name}")
     return wds.Address.FromString(translation.resources[key].body).workload
