@@ -5,8 +5,8 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tokio::sync::watch;
 
 use crate::{
-    access_log::AccessLog, connections::Registry, metrics::Metrics, pods::Pods, sockets::Sockets,
-    state::World, tls::Credentials,
+    access_log::AccessLog, connections::Registry, drain::Drain, metrics::Metrics, pods::Pods,
+    sockets::Sockets, state::World, supervise, tls::Credentials,
 };
 
 pub struct App {
@@ -16,9 +16,12 @@ pub struct App {
     pub connections: Registry,
     pub metrics: Metrics,
     pub log: AccessLog,
+    pub drain: Drain,
     pub sockets: Box<dyn Sockets>,
     /// Random per process.
     pub instance: String,
+    /// Milliseconds since the machine booted, to tell which of two is newer.
+    pub started_ms: u64,
     ready: watch::Sender<bool>,
 }
 
@@ -31,8 +34,10 @@ impl App {
             connections: Registry::default(),
             metrics: Metrics::default(),
             log,
+            drain: Drain::default(),
             sockets,
             instance: format!("{:016x}", fastrand::u64(..)),
+            started_ms: supervise::boot_time_ms(),
             ready: watch::Sender::new(false),
         }
     }

@@ -1,12 +1,26 @@
 //! The command line.
 
-use std::{net::SocketAddr, path::PathBuf, str::FromStr};
+use std::{net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
+
+use crate::drain::Grace;
 
 pub const USAGE: &str = "usage:
   ztunnel run --agent-socket PATH [--metrics IP:PORT] [--health IP:PORT] [--access-log PATH|-]
               [--log-level error|warn|info|debug|trace] [--workers N]
-  ztunnel supervise [--store NAME] -- CMD ARGS...
+              [--drain-grace SECONDS] [--stop-grace SECONDS]
+  ztunnel supervise [--store NAME | --hand-over] -- CMD ARGS...
   ztunnel version";
+
+const OPTIONS: [&str; 8] = [
+    "--agent-socket",
+    "--metrics",
+    "--health",
+    "--access-log",
+    "--log-level",
+    "--workers",
+    "--drain-grace",
+    "--stop-grace",
+];
 
 /// Options of `ztunnel run`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +34,7 @@ pub struct RunOptions {
     pub log_level: tracing::Level,
     /// Threads that move bytes; by default one per core.
     pub workers: Option<usize>,
+    pub grace: Grace,
 }
 
 /// Parses what follows `ztunnel run`. Options are `--name value` or `--name=value`.
@@ -35,6 +50,7 @@ pub fn parse_run(args: impl IntoIterator<Item = String>) -> Result<RunOptions, S
         access_log: None,
         log_level: tracing::Level::INFO,
         workers: None,
+        grace: Grace { successor: Duration::from_secs(3600), alone: Duration::from_secs(5) },
     };
     let mut args = args.into_iter();
     while let Some(arg) = args.next() {
@@ -42,8 +58,7 @@ pub fn parse_run(args: impl IntoIterator<Item = String>) -> Result<RunOptions, S
             Some((name, value)) => (name.to_owned(), Some(value.to_owned())),
             None => (arg, args.next()),
         };
-        let known = ["--agent-socket", "--metrics", "--health", "--access-log", "--log-level", "--workers"];
-        if !known.contains(&name.as_str()) {
+        if !OPTIONS.contains(&name.as_str()) {
             return Err(format!("unknown option {name}"));
         }
         let value = value.ok_or_else(|| format!("{name} needs a value"))?;
@@ -53,6 +68,8 @@ pub fn parse_run(args: impl IntoIterator<Item = String>) -> Result<RunOptions, S
             "--health" => options.health = Some(parse(&name, &value)?),
             "--access-log" => options.access_log = Some(value),
             "--log-level" => options.log_level = parse(&name, &value)?,
+            "--drain-grace" => options.grace.successor = Duration::from_secs(parse(&name, &value)?),
+            "--stop-grace" => options.grace.alone = Duration::from_secs(parse(&name, &value)?),
             _ => options.workers = Some(parse(&name, &value)?),
         }
     }
@@ -92,6 +109,7 @@ mod tests {
             ("", "--agent-socket is missing"),
             ("--agent-socket", "--agent-socket needs a value"),
             ("--agent-socket s --metrics nowhere", "--metrics nowhere: invalid socket address syntax"),
+            ("--agent-socket s --drain-grace long", "--drain-grace long: invalid digit found in string"),
             ("--agent-socket s --workers 0", "--workers 0: at least one is needed"),
             ("--agent-socket s --fast yes", "unknown option --fast"),
         ];

@@ -60,6 +60,8 @@ pub struct Details {
     pub upstream: Option<SocketAddr>,
     /// The far end of the tunnel.
     pub tunnel: Option<SocketAddr>,
+    /// It came in plaintext while the pod joined or left the mesh.
+    pub in_transition: bool,
     pub started: Instant,
 }
 
@@ -81,6 +83,8 @@ pub struct Connection {
 pub struct PolicyCounts {
     pub denied: u64,
     pub cut: u64,
+    /// By dry-run and audit policies: nothing was decided.
+    pub matched: u64,
 }
 
 #[derive(Debug, Default)]
@@ -132,13 +136,35 @@ impl Details {
             source_identity: self.source.identity.clone(),
             source: self.source.address,
             destination: self.destination.address,
+            in_transition: self.in_transition,
         }
     }
 }
 
+/// Decides on a new inbound connection, and records what the policies say that decide nothing.
+pub fn admit(app: &App, details: &Details) -> Result<(), Failure> {
+    let world = app.world();
+    let (pod, view) = (&details.pod, details.policy_view());
+    let named = world.workload(&pod.workload_uid).map_or(&[][..], |workload| &workload.policies);
+    for policy in world.policies.observe(&pod.namespace, named, &view) {
+        app.connections.policies().entry(policy.name.to_owned()).or_default().matched += 1;
+        tracing::info!(
+            policy = policy.name,
+            action = if policy.audit { "AUDIT" } else { policy.action },
+            source = %view.source,
+            destination = %view.destination,
+            identity = view.source_identity.as_ref().map(tracing::field::display),
+            connection = details.id,
+            "{} policy matches",
+            if policy.audit { "audit" } else { "dry-run" }
+        );
+    }
+    authorise(&world, pod, &view)
+}
+
 /// Whether the destination pod accepts a connection. Fails closed while the pod's own workload is unknown, since the
 /// policies that select it are named there.
-pub fn authorise(world: &World, pod: &Pod, connection: &policy::Connection) -> Result<(), Failure> {
+fn authorise(world: &World, pod: &Pod, connection: &policy::Connection) -> Result<(), Failure> {
     let Some(workload) = world.workload(&pod.workload_uid) else {
         let reason = format!(
             "workload {} has not arrived on this node, so its policies are unknown: check the control plane",
@@ -195,11 +221,12 @@ impl Registry {
         self.policies().get(policy).copied().unwrap_or_default()
     }
 
-    /// Cuts what policy forbids now. To be called after each change of policies, workloads or pods.
-    pub fn reevaluate(&self, world: &World) {
+    /// Cuts what policy forbids now, of connections to the pods that `concerns` names. To be called after each change
+    /// of what decides: policies, a pod's workload, pods.
+    pub fn reevaluate(&self, world: &World, concerns: impl Fn(&Pod) -> bool) {
         for connection in self.list() {
             let details = &connection.details;
-            if details.direction == Direction::Inbound {
+            if details.direction == Direction::Inbound && concerns(&details.pod) {
                 if let Err(failure) = authorise(world, &details.pod, &details.policy_view()) {
                     connection.cut(failure);
                 }
@@ -208,9 +235,9 @@ impl Registry {
     }
 
     /// Cuts what a pod still holds.
-    pub fn cut_pod(&self, pod: &Arc<Pod>) {
+    pub fn cut_pod(&self, pod: &Pod) {
         for connection in self.list() {
-            if Arc::ptr_eq(&connection.details.pod, pod) {
+            if connection.details.pod.uid == pod.uid && connection.details.pod.continues(pod) {
                 connection.cut(Failure::not_served());
             }
         }
@@ -245,7 +272,15 @@ pub fn refused(app: &App, details: &Details, failure: &Failure) {
 
 /// Holds a connection whose both sides are there: copies, until it ends or is cut; then logs and counts it.
 /// Inbound connections are authorised once more when they are registered, so that no change of policy slips between.
-pub async fn run(app: &App, details: Details, mut source: Side, mut destination: Side) {
+/// When one breaks, `cause` is asked for a better reason than the end's own. Returns whether both directions came to
+/// their end.
+pub async fn run(
+    app: &App,
+    details: Details,
+    mut source: Side,
+    mut destination: Side,
+    cause: impl Fn() -> Option<Failure>,
+) -> bool {
     let registered = register(app, details);
     let connection = &registered.connection;
     let count = |connection, series| Count { connection, series };
@@ -255,7 +290,9 @@ pub async fn run(app: &App, details: Details, mut source: Side, mut destination:
     let outcome = tokio::select! {
         biased;
         failure = connection.cut_by() => Err(failure),
-        copied = copy::copy(&mut source, &mut destination, &sent, &received) => copied.map_err(broken),
+        copied = copy::copy(&mut source, &mut destination, &sent, &received) => {
+            copied.map_err(|end| cause().unwrap_or_else(|| broken(end)))
+        }
     };
     match &outcome {
         Ok(()) => {
@@ -265,7 +302,7 @@ pub async fn run(app: &App, details: Details, mut source: Side, mut destination:
         Err(failure) => {
             source.reset();
             destination.reset();
-            if failure.flag == Flag::Deny {
+            if failure.flag != Flag::None {
                 series.failed(failure.flag);
                 if let Some(policy) = &failure.policy {
                     app.connections.policies().entry(policy.clone()).or_default().cut += 1;
@@ -274,6 +311,7 @@ pub async fn run(app: &App, details: Details, mut source: Side, mut destination:
         }
     }
     app.log.connection(app, &connection.details, connection.copied(), outcome.as_ref().err());
+    outcome.is_ok()
 }
 
 fn register(app: &App, details: Details) -> Registered<'_> {

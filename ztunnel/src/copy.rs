@@ -1,7 +1,9 @@
 //! Moves the bytes of one connection in both directions.
 //!
 //! Ends and aborts stay apart on the whole way: a clean end (FIN, END_STREAM) is passed on as a half-close, anything
-//! else makes [`copy`] fail, and the caller drops its sockets, which resets them.
+//! else makes [`copy`] fail, and the caller drops its sockets, which resets them. A peer that has sent everything and
+//! wants no more (RST_STREAM with NO_ERROR, RFC 9113, 8.1; Envoy does so when its app ends first) is what a closed
+//! socket is to TCP: its last bytes and its end arrive, and sending to it is an error.
 //!
 //! Buffers live only while there is something to move: a connection that waits for data holds none. They grow with
 //! full reads and shrink with small ones.
@@ -10,15 +12,22 @@ use std::{
     future::poll_fn,
     io,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
+    task::Poll,
+    time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use socket2::SockRef;
-use tokio::{io::Interest, net::TcpStream, task::coop};
+use tokio::{io::Interest, net::TcpStream, sync::Notify, task::coop, time};
+
+use crate::sockets;
 
 const MIN_READ: usize = 8 * 1024;
 const MAX_READ: usize = 256 * 1024;
+/// Time for an app that is still sending, after its peer has ended both directions, to notice that and to close. A
+/// socket that is closed with unread bytes resets the app, which may lose the peer's last ones.
+const PARTING: Duration = Duration::from_secs(30);
 
 /// One end of a connection.
 pub enum Side {
@@ -50,6 +59,16 @@ enum Writer<'a> {
     H2(&'a mut SendStream<Bytes>),
 }
 
+/// Why the peer takes no more.
+enum Stopped {
+    /// It has all that it wants, and ends its own direction by itself.
+    Enough {
+        /// What was sent to it all the same.
+        lost: usize,
+    },
+    Aborted(io::Error),
+}
+
 struct Buffer {
     bytes: BytesMut,
     size: usize,
@@ -63,32 +82,78 @@ pub async fn copy(
     sent: &impl Meter,
     received: &impl Meter,
 ) -> Result<(), Broken> {
+    let forth_ended = Notify::new();
+    let back_ended = Notify::new();
     let (source_reader, source_writer) = source.split();
     let (destination_reader, destination_writer) = destination.split();
-    let forth = pump(source_reader, destination_writer, sent, ["source", "destination"]);
-    let back = pump(destination_reader, source_writer, received, ["destination", "source"]);
+    let forth =
+        pump(source_reader, destination_writer, sent, ["source", "destination"], &forth_ended, &back_ended);
+    let back = pump(
+        destination_reader,
+        source_writer,
+        received,
+        ["destination", "source"],
+        &back_ended,
+        &forth_ended,
+    );
     tokio::try_join!(forth, back).map(|_| ())
 }
 
+/// One direction. `ended` is told of its end; `other_ended` of that of the opposite one.
 async fn pump(
     mut reader: Reader<'_>,
     mut writer: Writer<'_>,
     meter: &impl Meter,
     [from, to]: [&'static str; 2],
+    ended: &Notify,
+    other_ended: &Notify,
 ) -> Result<(), Broken> {
     let broken = |side| move |error| Broken { side, error };
+    let stopped = transfer(&mut reader, &mut writer, meter).await.map_err(broken(from))?;
+    ended.notify_one();
+    match stopped {
+        None => Ok(()),
+        Some(Stopped::Aborted(error)) => Err(broken(to)(error)),
+        Some(Stopped::Enough { mut lost }) => {
+            let parting = async {
+                other_ended.notified().await;
+                time::sleep(PARTING).await;
+            };
+            tokio::select! {
+                discarded = reader.discard(&mut lost) => discarded.map_err(broken(from))?,
+                () = parting => {}
+            }
+            let error =
+                || io::Error::new(io::ErrorKind::ConnectionReset, format!("closed, {lost} bytes too early"));
+            if lost == 0 { Ok(()) } else { Err(broken(to)(error())) }
+        }
+    }
+}
+
+/// Moves bytes until the reader's clean end has been passed on, or the writer's peer takes no more. Fails with the
+/// reader.
+async fn transfer(
+    reader: &mut Reader<'_>,
+    writer: &mut Writer<'_>,
+    meter: &impl Meter,
+) -> io::Result<Option<Stopped>> {
     loop {
         let chunk = tokio::select! {
             biased;
-            chunk = reader.read() => chunk.map_err(broken(from))?,
-            error = writer.aborted() => return Err(broken(to)(error)),
+            chunk = reader.read() => chunk?,
+            stopped = writer.stopped() => return Ok(Some(stopped)),
         };
         let Some(chunk) = chunk else {
-            return writer.finish().map_err(broken(to));
+            return Ok(match writer.finish() {
+                Ok(()) => None,
+                Err(error) => Some(writer.why_stopped(error, 0).await),
+            });
         };
         let length = chunk.len();
         meter.add(length as u64);
-        writer.write(chunk).await.map_err(broken(to))?;
+        if let Err(error) = writer.write(chunk).await {
+            return Ok(Some(writer.why_stopped(error, length).await));
+        }
         reader.consumed(length);
         // A fast pair would never leave its thread to others: reading and writing without waiting costs no budget.
         coop::consume_budget().await;
@@ -108,7 +173,7 @@ impl Side {
     /// After a clean copy.
     pub fn close(self) {
         if let Self::Tcp(stream) = self {
-            crate::sockets::close_gracefully(stream);
+            sockets::close_gracefully(stream);
         }
     }
 
@@ -131,11 +196,25 @@ impl Reader<'_> {
             Self::H2(stream) => match poll_fn(|cx| stream.poll_data(cx)).await {
                 None => Ok(None),
                 Some(Ok(chunk)) => Ok(Some(chunk)),
-                // "The response is complete, send no more": RFC 9113, 8.1.
-                Some(Err(error)) if error.reason() == Some(Reason::NO_ERROR) && error.is_remote() => Ok(None),
+                // "The response is complete, send no more": RFC 9113, 8.1. GOAWAY with NO_ERROR is another matter.
+                Some(Err(error))
+                    if error.reason() == Some(Reason::NO_ERROR) && error.is_reset() && error.is_remote() =>
+                {
+                    Ok(None)
+                }
                 Some(Err(error)) => Err(h2_error(error)),
             },
         }
+    }
+
+    /// Counts what comes and throws it away, until the clean end. Safe to cancel.
+    async fn discard(&mut self, count: &mut usize) -> io::Result<()> {
+        while let Some(chunk) = self.read().await? {
+            *count += chunk.len();
+            self.consumed(chunk.len());
+            coop::consume_budget().await;
+        }
+        Ok(())
     }
 
     /// Lets the peer send as much again. Only now: a slow reader shall slow down its own stream.
@@ -207,23 +286,43 @@ impl Writer<'_> {
         }
     }
 
-    /// Resolves when the peer has aborted. Without it, an abort would go unnoticed while the other side is silent.
-    async fn aborted(&mut self) -> io::Error {
+    /// Resolves when the peer takes no more. Without it, an abort would go unnoticed while the other side is silent.
+    async fn stopped(&mut self) -> Stopped {
         match self {
             Self::Tcp(stream) => loop {
                 match stream.ready(Interest::ERROR).await {
-                    Err(error) => return error,
+                    Err(error) => return Stopped::Aborted(error),
                     Ok(ready) if ready.is_error() => {
                         let error = stream.take_error().unwrap_or_else(Some);
-                        return error.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into());
+                        return Stopped::Aborted(
+                            error.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+                        );
                     }
                     Ok(_) => tokio::task::yield_now().await,
                 }
             },
-            Self::H2(stream) => match poll_fn(|cx| stream.poll_reset(cx)).await {
-                Ok(reason) => h2_error(reason.into()),
-                Err(error) => h2_error(error),
-            },
+            Self::H2(stream) => Stopped::by(poll_fn(|cx| stream.poll_reset(cx)).await, 0),
+        }
+    }
+
+    /// What is behind an error of writing `length` bytes: a stream that was reset meanwhile tells it when it is asked.
+    async fn why_stopped(&mut self, error: io::Error, length: usize) -> Stopped {
+        let Self::H2(stream) = self else { return Stopped::Aborted(error) };
+        match poll_fn(|cx| Poll::Ready(stream.poll_reset(cx))).await {
+            Poll::Ready(reset) => Stopped::by(reset, length),
+            Poll::Pending => Stopped::Aborted(error),
+        }
+    }
+}
+
+// === impl Stopped ===
+
+impl Stopped {
+    fn by(reset: Result<Reason, h2::Error>, lost: usize) -> Self {
+        match reset {
+            Ok(Reason::NO_ERROR) => Self::Enough { lost },
+            Ok(reason) => Self::Aborted(h2_error(reason.into())),
+            Err(error) => Self::Aborted(h2_error(error)),
         }
     }
 }

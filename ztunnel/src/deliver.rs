@@ -1,24 +1,21 @@
-//! Connections to a pod's own app, made so that the app sees the client's address.
+//! Connections to a pod's own app, made so that the app sees the client's address, and those out of the pod. Both
+//! take source ports outside the range from which the pod's own connections draw: what ztunnel needs is none of the
+//! apps' ports.
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
-    time::Duration,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use tokio::{
-    net::{TcpSocket, TcpStream},
-    time::timeout,
-};
+use tokio::net::{TcpSocket, TcpStream};
 
 use crate::{
     app::App,
-    failure::{Failure, Flag},
+    failure::Failure,
     pods::{Pod, PortRange},
-    sockets::{reset_on_close, set_common_options},
+    sockets::{self, reset_on_close},
 };
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Source ports that are tried before a delivery fails: far more than collide by chance.
 const ATTEMPTS: usize = 512;
 
@@ -41,14 +38,41 @@ pub async fn deliver(
             Err(error) => return Err(failed(&error)),
         }
     }
-    let reason = format!("{destination}: no source port is free for {client}");
-    Err(Failure::new(Flag::Connect, reason))
+    Err(Failure::no_source_port(&format!("{client} to {destination}")))
 }
 
 /// Connects to the pod's own app for the pod itself, from the pod's own address.
 pub async fn deliver_to_self(app: &App, pod: &Pod, destination: SocketAddr) -> Result<TcpStream, Failure> {
     let connect = async { finish(app.sockets.delivery(&pod.netns, destination.ip())?, destination).await };
     connect.await.map_err(|error| Failure::connect(&destination.to_string(), &error))
+}
+
+/// Connects out of the pod, never captured again, from one of its addresses; `None`: routing chooses. `prepare` is
+/// called with each socket that is tried.
+pub async fn dial(
+    app: &App,
+    pod: &Pod,
+    from: Option<IpAddr>,
+    destination: SocketAddr,
+    prepare: fn(&TcpSocket) -> io::Result<()>,
+) -> io::Result<TcpStream> {
+    let any: IpAddr =
+        if destination.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    for port in ports(&pod.delivery_ports, fastrand::u32(..)).take(ATTEMPTS) {
+        let socket = app.sockets.outbound(&pod.netns, destination.ip())?;
+        // As the apps' sockets have it, by the bind hook: the port stays theirs too.
+        socket.set_reuseaddr(true)?;
+        prepare(&socket)?;
+        let connected = match socket.bind(SocketAddr::new(from.unwrap_or(any), port)) {
+            Ok(()) => sockets::connect(socket, destination).await,
+            Err(error) => Err(error),
+        };
+        match connected {
+            Err(error) if is_taken(&error) => {}
+            done => return done,
+        }
+    }
+    Err(io::ErrorKind::AddrNotAvailable.into())
 }
 
 async fn connect(app: &App, pod: &Pod, source: SocketAddr, destination: SocketAddr) -> io::Result<TcpStream> {
@@ -58,12 +82,8 @@ async fn connect(app: &App, pod: &Pod, source: SocketAddr, destination: SocketAd
 }
 
 async fn finish(socket: TcpSocket, destination: SocketAddr) -> io::Result<TcpStream> {
-    let stream = timeout(CONNECT_TIMEOUT, socket.connect(destination))
-        .await
-        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-    reset_on_close(&stream)?;
-    set_common_options(&stream)?;
-    Ok(stream)
+    reset_on_close(&socket)?;
+    sockets::connect(socket, destination).await
 }
 
 fn is_taken(error: &io::Error) -> bool {

@@ -2,6 +2,8 @@
 
 use std::{fmt, io};
 
+use crate::identity::Identity;
+
 /// Istio's `response_flags`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Flag {
@@ -12,6 +14,8 @@ pub enum Flag {
     H2HandshakeFailure,
     NetworkPolicy,
     IdentityError,
+    /// Every source port towards the destination is taken, by connections that are open or in TIME_WAIT.
+    NoSourcePort,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +38,7 @@ impl Flag {
             Self::H2HandshakeFailure => "H2_HANDSHAKE_FAILURE",
             Self::NetworkPolicy => "NETWORK_POLICY",
             Self::IdentityError => "IDENTITY_ERROR",
+            Self::NoSourcePort => "NO_SOURCE_PORT",
         }
     }
 }
@@ -45,9 +50,24 @@ impl Failure {
         Self { flag, reason: reason.into(), policy: None }
     }
 
+    /// `what` names the destination.
+    pub fn no_source_port(what: &str) -> Self {
+        let reason = format!(
+            "{what}: no source port is free, or the pod has no address of this family: \
+             see `ss -tan` in its network namespace"
+        );
+        Self::new(Flag::NoSourcePort, reason)
+    }
+
     /// The pod was removed while the connection was on its way.
     pub fn not_served() -> Self {
         Self::new(Flag::None, "the pod is no longer served by this ztunnel")
+    }
+
+    /// The trust bundle has lost the root that vouched for the peer of a tunnel.
+    pub fn untrusted(peer: &Identity) -> Self {
+        let reason = format!("the certificate of {peer} leads to no root of the trust bundle any more");
+        Self::new(Flag::TlsFailure, reason)
     }
 
     pub fn denied(policy: Option<String>, reason: String) -> Self {
@@ -56,6 +76,9 @@ impl Failure {
 
     /// The destination could not be reached. `what` names it.
     pub fn connect(what: &str, error: &io::Error) -> Self {
+        if error.kind() == io::ErrorKind::AddrNotAvailable {
+            return Self::no_source_port(what);
+        }
         let cause = match error.kind() {
             io::ErrorKind::ConnectionRefused => "connection refused by destination".to_owned(),
             io::ErrorKind::TimedOut => "connection timed out".to_owned(),

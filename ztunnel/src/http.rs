@@ -31,12 +31,34 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-/// Answers for ever.
-pub async fn serve(app: Arc<App>, listener: TcpListener) {
+/// Answers for ever, but not while another ztunnel accepts in our place: its answers count then. With `when_ready`
+/// also not before the first snapshot is complete.
+pub async fn serve(app: Arc<App>, address: SocketAddr, first: TcpListener, when_ready: bool) {
+    let mut listener = Some(first);
+    if when_ready && !app.is_ready() {
+        listener = None;
+        app.when_ready().await;
+    }
+    loop {
+        app.drain.when_accepting().await;
+        match listener.take().map_or_else(|| bind(address), Ok) {
+            Ok(listener) => tokio::select! {
+                () = answer_all(&app, listener) => {}
+                () = app.drain.when_draining() => {}
+            },
+            Err(error) => {
+                tracing::error!(%address, %error, "metrics or health cannot be served, trying again");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        }
+    }
+}
+
+async fn answer_all(app: &Arc<App>, listener: TcpListener) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let app = Arc::clone(&app);
+                let app = Arc::clone(app);
                 tokio::spawn(async move {
                     if let Ok(Err(error)) = timeout(TIMEOUT, answer(&app, stream)).await {
                         tracing::debug!(%error, "metrics or health request broke");

@@ -37,7 +37,7 @@ pub async fn serve(
     match connected {
         Ok(upstream) => {
             details.upstream = Some(destination);
-            connections::run(&app, details, Side::Tcp(stream), Side::Tcp(upstream)).await;
+            connections::run(&app, details, Side::Tcp(stream), Side::Tcp(upstream), || None).await;
         }
         Err(failure) => {
             connections::refused(&app, &details, &failure);
@@ -47,7 +47,7 @@ pub async fn serve(
 }
 
 async fn connect(app: &App, pod: &Pod, details: &Details) -> Result<TcpStream, Failure> {
-    connections::authorise(&app.world(), pod, &details.policy_view())?;
+    connections::admit(app, details)?;
     deliver(app, pod, details.source.address.ip(), details.destination.address).await
 }
 
@@ -71,6 +71,7 @@ fn details(app: &App, pod: &Arc<Pod>, source: SocketAddr, destination: SocketAdd
         service: None,
         upstream: None,
         tunnel: None,
+        in_transition: pod.in_transition(),
         started: Instant::now(),
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! A connection's way: [`serve`] accepts it, [`decide`] says where it goes, [`hbone`] or a plain socket takes it
 //! there, [`connections`] watches over it and [`copy`] moves its bytes. The far side's [`hbone`] server authorises it
-//! and [`deliver`] connects to the app. [`node`] feeds [`state`], [`tls`] and [`pods`] with what the agent sends.
+//! and [`deliver`] connects to the app. [`drain`] is how all of it ends. [`node`] feeds [`state`], [`tls`] and [`pods`] with what the agent sends.
 
 #![deny(unsafe_code)]
 
@@ -15,6 +15,7 @@ pub mod connections;
 pub mod copy;
 pub mod decide;
 pub mod deliver;
+pub mod drain;
 pub mod failure;
 pub mod hbone;
 pub mod http;

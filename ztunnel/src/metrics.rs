@@ -51,7 +51,7 @@ const LABELS: [&str; 27] = [
     "lane",
 ];
 
-const FLAGS: [Flag; 7] = [
+const FLAGS: [Flag; 8] = [
     Flag::None,
     Flag::Deny,
     Flag::Connect,
@@ -59,6 +59,7 @@ const FLAGS: [Flag; 7] = [
     Flag::H2HandshakeFailure,
     Flag::NetworkPolicy,
     Flag::IdentityError,
+    Flag::NoSourcePort,
 ];
 
 /// The counters of one label set.

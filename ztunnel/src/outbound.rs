@@ -1,6 +1,10 @@
 //! Connections that a pod opens.
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Instant,
+};
 
 use tokio::net::TcpStream;
 
@@ -9,7 +13,7 @@ use crate::{
     connections::{self, Details, Direction, Lane, Peer},
     copy::Side,
     decide::{self, Action},
-    deliver::deliver_to_self,
+    deliver::{deliver_to_self, dial},
     failure::{Failure, Flag},
     hbone::{self, Key, Trace},
     pods::Pod,
@@ -32,7 +36,13 @@ pub async fn serve(
     };
     match opened {
         // The lease gives the stream's place on its tunnel back when the connection has ended.
-        Ok((upstream, _lease)) => connections::run(&app, details, Side::Tcp(stream), upstream).await,
+        Ok((upstream, lease)) => {
+            let cause = || lease.as_ref().and_then(hbone::Lease::cause);
+            let ended = connections::run(&app, details, Side::Tcp(stream), upstream, cause).await;
+            if let Some(lease) = lease.filter(|_| ended) {
+                lease.ended();
+            }
+        }
         Err(failure) => {
             connections::refused(&app, &details, &failure);
             Side::Tcp(stream).reset();
@@ -65,6 +75,7 @@ fn decide(
         service: route.service,
         upstream: None,
         tunnel: None,
+        in_transition: false,
         started: Instant::now(),
     };
     (route.action, details)
@@ -86,19 +97,28 @@ async fn open(
             Ok((Side::Tcp(deliver_to_self(app, pod, address).await?), None))
         }
         Action::Hbone { peer, authority, workload_uid, identity } => {
-            let key = Key { source: pod.identity.clone(), workload_uid, peer, identity };
+            let from = source_towards(details.source.address.ip(), peer.ip());
+            let key = Key { source: pod.identity.clone(), from, workload_uid, peer, identity };
             let (side, lease) = tunnelled(app, pod, key, authority, trace, details).await?;
             Ok((side, Some(lease)))
         }
     }
 }
 
+/// The app's own address, if a socket towards `destination` can have it: a pod may have several, and some that
+/// Kubernetes does not know.
+fn source_towards(source: IpAddr, destination: IpAddr) -> Option<IpAddr> {
+    let scoped = source.is_loopback() || matches!(source, IpAddr::V6(v6) if v6.is_unicast_link_local());
+    (source.is_ipv4() == destination.is_ipv4() && !scoped).then_some(source)
+}
+
 async fn plain(app: &App, pod: &Pod, address: SocketAddr, details: &mut Details) -> Result<Side, Failure> {
     let failed = |error| Failure::connect(&address.to_string(), &error);
     details.upstream = Some(address);
-    let stream = hbone::dial(app, pod, address).await.map_err(failed)?;
-    sockets::reset_on_close(&stream).map_err(failed)?;
-    Ok(Side::Tcp(stream))
+    // Routing chooses among the pod's own addresses, as the app left it to; another one was the app's choice.
+    let chosen = source_towards(details.source.address.ip(), address.ip());
+    let from = chosen.filter(|from| !pod.addresses.contains(from));
+    Ok(Side::Tcp(dial(app, pod, from, address, sockets::reset_on_close).await.map_err(failed)?))
 }
 
 async fn tunnelled(

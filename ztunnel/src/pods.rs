@@ -5,7 +5,10 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     os::fd::OwnedFd,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU32},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
+    },
 };
 
 use tokio::{net::TcpListener, sync::watch};
@@ -32,12 +35,15 @@ pub struct Pod {
     /// As the agent passed them, kept for handing them to its successor.
     pub listeners: Vec<(Listener, OwnedFd)>,
     pub tunnels: Pool,
-    pub inbound_tunnels: AtomicU32,
+    pub inbound_tunnels: Arc<AtomicU32>,
     /// (client, destination) of the plaintext connections that are open: a delivery between the same addresses and
     /// ports would collide with them.
-    pub accepted: Mutex<HashSet<(SocketAddr, SocketAddr)>>,
+    pub accepted: Arc<Mutex<HashSet<(SocketAddr, SocketAddr)>>>,
+    in_transition: AtomicBool,
     stop: watch::Sender<bool>,
     drains: watch::Sender<u32>,
+    /// Of this description of the pod alone; what stands above is shared with the next one.
+    replaced: watch::Sender<bool>,
 }
 
 /// Source ports for deliveries, both ends included.
@@ -130,11 +136,30 @@ impl Pod {
             delivery_ports,
             listeners: add.listeners().zip(sockets).collect(),
             tunnels: Pool::default(),
-            inbound_tunnels: AtomicU32::new(0),
-            accepted: Mutex::default(),
+            inbound_tunnels: Arc::default(),
+            accepted: Arc::default(),
+            in_transition: AtomicBool::new(add.in_transition),
             stop: watch::Sender::new(false),
             drains: watch::Sender::new(0),
+            replaced: watch::Sender::new(false),
         })
+    }
+
+    /// Whether it is the other pod under a new description: another address or port range, listeners of a family
+    /// that was switched on.
+    pub fn continues(&self, other: &Self) -> bool {
+        self.netns.inode() == other.netns.inode()
+            && self.workload_uid == other.workload_uid
+            && self.identity == other.identity
+    }
+
+    /// Takes over what the pod has open. The older description still has to be [`replaced`](Self::replace).
+    pub fn succeed(&mut self, other: &Self) {
+        self.tunnels = other.tunnels.clone();
+        self.inbound_tunnels = Arc::clone(&other.inbound_tunnels);
+        self.accepted = Arc::clone(&other.accepted);
+        self.stop = other.stop.clone();
+        self.drains = other.drains.clone();
     }
 
     /// Duplicates of the listeners, ready for accepting.
@@ -152,9 +177,7 @@ impl Pod {
     /// Whether a repeated frame says nothing new.
     pub fn is_same(&self, other: &Self) -> bool {
         let roles = |pod: &Self| pod.listeners.iter().map(|(listener, _)| *listener).collect::<Vec<_>>();
-        self.netns.inode() == other.netns.inode()
-            && self.workload_uid == other.workload_uid
-            && self.identity == other.identity
+        self.continues(other)
             && self.addresses == other.addresses
             && self.delivery_ports == other.delivery_ports
             && roles(self) == roles(other)
@@ -179,6 +202,21 @@ impl Pod {
         let _ = self.stop.subscribe().wait_for(|stopped| *stopped).await;
     }
 
+    /// Ends the accepting on this description's listeners; what is open goes on.
+    pub fn replace(&self) {
+        self.replaced.send_replace(true);
+    }
+
+    /// Resolves when nothing more is to be accepted on these listeners.
+    pub async fn accepts_no_more(&self) {
+        let mut replaced = self.replaced.subscribe();
+        tokio::select! {
+            () = self.stopped() => {}
+            // Fails only without a sender, and `self` holds it.
+            _ = replaced.wait_for(|replaced| *replaced) => {}
+        }
+    }
+
     /// Asks the peers to end their tunnels to the pod. Those that come later end with their last stream.
     pub fn drain(&self) {
         self.drains.send_modify(|drains| *drains = drains.wrapping_add(1));
@@ -192,6 +230,15 @@ impl Pod {
     /// Changes with each call of [`Pod::drain`]; 0: never called.
     pub fn drains(&self) -> watch::Receiver<u32> {
         self.drains.subscribe()
+    }
+
+    /// Whether peers may not know that it takes tunnels: see `PodAdd.in_transition` of proto/node.proto.
+    pub fn in_transition(&self) -> bool {
+        self.in_transition.load(Relaxed)
+    }
+
+    pub fn set_in_transition(&self, value: bool) {
+        self.in_transition.store(value, Relaxed);
     }
 
     pub fn accepted(&self) -> MutexGuard<'_, HashSet<(SocketAddr, SocketAddr)>> {
@@ -208,6 +255,11 @@ impl Pod {
 impl Pods {
     pub fn get(&self, uid: &str) -> Option<Arc<Pod>> {
         self.lock().get(uid).cloned()
+    }
+
+    /// The newest description of a pod; itself, if it is no longer served.
+    pub fn newest(&self, pod: &Arc<Pod>) -> Arc<Pod> {
+        self.get(&pod.uid).filter(|newest| newest.continues(pod)).unwrap_or_else(|| Arc::clone(pod))
     }
 
     /// Returns the pod that had the uid before.

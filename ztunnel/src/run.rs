@@ -14,15 +14,15 @@ use crate::{
     access_log::AccessLog,
     app::App,
     cli::RunOptions,
-    http, node,
+    drain, http, node,
     sockets::{PodSockets, raise_file_limit},
 };
 
 /// What ending takes at most, and then writing the log.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Runs until SIGTERM or SIGINT. The agent keeps the listeners: connections that come meanwhile wait in their
-/// backlogs for the next ztunnel.
+/// Runs until it has drained after SIGTERM or for a successor (see [`drain`]), or until SIGINT or a second SIGTERM.
+/// The agent keeps the listeners: connections that nobody accepts meanwhile wait in their backlogs.
 pub fn run(options: &RunOptions) -> ExitCode {
     tracing_subscriber::fmt()
         .with_max_level(options.log_level)
@@ -60,15 +60,25 @@ async fn serve(options: &RunOptions, app: Arc<App>) -> Result<(), String> {
     for (name, address) in [("--metrics", options.metrics), ("--health", options.health)] {
         if let Some(address) = address {
             let listener = http::bind(address).map_err(|error| format!("{name} {address}: {error}"))?;
-            tokio::spawn(http::serve(Arc::clone(&app), listener));
+            // Two that count show up as one that jumps: metrics are the accepting one's.
+            let when_ready = name == "--metrics";
+            tokio::spawn(http::serve(Arc::clone(&app), address, listener, when_ready));
         }
     }
     let stop = |kind| signal(kind).map_err(|error| format!("cannot handle signals: {error}"));
     let (mut terminate, mut interrupt) = (stop(SignalKind::terminate())?, stop(SignalKind::interrupt())?);
     tracing::info!(instance = app.instance, build = env!("CARGO_PKG_VERSION"), "started");
+    let terminated = async {
+        terminate.recv().await;
+        tracing::info!("SIGTERM, draining");
+        app.drain.stop();
+        terminate.recv().await;
+        tracing::info!("SIGTERM again, stopping");
+    };
     tokio::select! {
         () = node::run(Arc::clone(&app), &options.agent_socket) => {}
-        _ = terminate.recv() => tracing::info!("SIGTERM, stopping"),
+        () = drain::ended(&app, options.grace) => {}
+        () = terminated => {}
         _ = interrupt.recv() => tracing::info!("SIGINT, stopping"),
     }
     stop_serving(&app).await;

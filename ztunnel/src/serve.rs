@@ -17,7 +17,8 @@ const BACK_OFF: Duration = Duration::from_millis(50);
 /// Starts serving a pod. Ends by itself when the pod is stopped.
 ///
 /// Nothing is accepted before the first snapshot is complete: with half of it, a peer of the mesh would look like a
-/// stranger and get plaintext. Connections wait in the backlog meanwhile.
+/// stranger and get plaintext. Connections wait in the backlog meanwhile, or are a successor's while this ztunnel
+/// drains.
 ///
 /// # Errors
 /// If a listener cannot be used.
@@ -30,13 +31,18 @@ pub fn start(app: &Arc<App>, pod: &Arc<Pod>) -> io::Result<()> {
 
 async fn accept(app: Arc<App>, pod: Arc<Pod>, role: Role, listener: TcpListener) {
     tokio::select! {
-        () = pod.stopped() => return,
+        () = pod.accepts_no_more() => return,
         () = app.when_ready() => {}
     }
     loop {
+        tokio::select! {
+            () = pod.accepts_no_more() => return,
+            () = app.drain.when_accepting() => {}
+        }
         let accepted = tokio::select! {
             biased;
-            () = pod.stopped() => return,
+            () = pod.accepts_no_more() => return,
+            () = app.drain.when_draining() => continue,
             accepted = listener.accept() => accepted,
         };
         match accepted {
@@ -65,14 +71,17 @@ fn dispatch(app: &Arc<App>, pod: &Arc<Pod>, role: Role, stream: TcpStream) {
     let (source, destination) = (sockets::canonical(source), sockets::canonical(destination));
     let towards_app = role != Role::Hbone;
     let prepared = sockets::set_common_options(&stream)
-        .and_then(|()| if towards_app { sockets::reset_on_close(&stream) } else { Ok(()) });
+        .and_then(|()| if towards_app { sockets::reset_on_close(&stream) } else { Ok(()) })
+        .and_then(|()| if role == Role::Outbound { sockets::answer_inside(&stream) } else { Ok(()) });
     if let Err(error) = prepared {
         tracing::debug!(%source, %destination, %error, "connection broke at once");
         return;
     }
+    let track = Arc::clone(&app);
+    let track = &track.drain;
     match role {
-        Role::Outbound => tokio::spawn(outbound::serve(app, pod, stream, source, destination)),
-        Role::Plaintext => tokio::spawn(inbound::serve(app, pod, stream, source, destination)),
-        Role::Hbone => tokio::spawn(hbone::serve(app, pod, stream, source, destination)),
+        Role::Outbound => tokio::spawn(track.track(outbound::serve(app, pod, stream, source, destination))),
+        Role::Plaintext => tokio::spawn(track.track(inbound::serve(app, pod, stream, source, destination))),
+        Role::Hbone => tokio::spawn(track.track(hbone::serve(app, pod, stream, source, destination))),
     };
 }

@@ -10,10 +10,14 @@ use std::{
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    time::timeout,
+};
 
 use crate::marks;
 
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Dead peers are noticed after 180 s + 9 * 75 s without an answer.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(180);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(75);
@@ -158,9 +162,25 @@ pub fn set_common_options(stream: &TcpStream) -> io::Result<()> {
 }
 
 /// For sockets towards apps: until [`close_gracefully`] says otherwise, any way of losing the socket, a crash
-/// included, is a reset. An app must never take a broken transfer for a complete one.
-pub fn reset_on_close(stream: &TcpStream) -> io::Result<()> {
-    SockRef::from(stream).set_linger(Some(Duration::ZERO))
+/// included, is a reset. An app must never take a broken transfer for a complete one; so it comes before the
+/// connect.
+pub fn reset_on_close(socket: &impl AsFd) -> io::Result<()> {
+    SockRef::from(socket).set_linger(Some(Duration::ZERO))
+}
+
+/// For ztunnel's end of a captured connection. What the kernel answers for the app's end when that is closed (the last
+/// ACK of TIME_WAIT, resets) has the mark of what it answers (fwmark_reflect), and would leave the pod by the listener's.
+pub fn answer_inside(socket: &impl AsFd) -> io::Result<()> {
+    SockRef::from(socket).set_mark(marks::ANSWER)
+}
+
+/// Connects, and sets what every TCP socket gets.
+pub async fn connect(socket: TcpSocket, destination: SocketAddr) -> io::Result<TcpStream> {
+    let stream = timeout(CONNECT_TIMEOUT, socket.connect(destination))
+        .await
+        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    set_common_options(&stream)?;
+    Ok(stream)
 }
 
 /// Both directions have ended cleanly: what is still queued is sent, then closed.

@@ -122,6 +122,48 @@ async fn a_pod_that_is_added_again_is_served_once_and_its_new_fds_are_closed() {
     }
 }
 
+/// As when IPv6 is switched on in it, and off again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_whose_listeners_change_keeps_its_connections_until_it_is_removed() {
+    let (mut node, app) = two_pods().await;
+    let (mut old_client, mut old_server) = connection(&node, &app).await;
+    let first = listening(node.socket(101, SERVICE_PORT));
+    let second = listening(node.socket(102, SERVICE_PORT));
+    // Services without endpoints: who is accepted is refused at once.
+    node.upsert_service("first", 101).await;
+    node.upsert_service("second", 102).await;
+    for (role, listener, address) in
+        [(Listener::OutboundV6, &first, 101), (Listener::OutboundV4, &second, 102)]
+    {
+        let listeners = vec![(role, listener.try_clone().unwrap())];
+        node.send_pod(&PodSpec { name: "client", host: 1, listeners }).await.unwrap();
+        old_client.write_all(b"still here").await.unwrap();
+        old_server.read_exact(&mut [0; 10]).await.unwrap();
+        // The reset may be there before connect() has returned.
+        if let Ok(mut client) = TcpStream::connect(node.socket(address, SERVICE_PORT)).await {
+            assert!(timeout(WAIT, client.read(&mut [0; 1])).await.is_ok(), "nobody accepted");
+        }
+    }
+    match node.dump(DumpKind::Pods).await {
+        dump_reply::Body::Pods(list) => {
+            let client = list.pods.iter().find(|pod| pod.uid == "uid-client").unwrap();
+            assert_eq!((client.captured_connections, client.outbound_tunnels), (1, 1));
+        }
+        other => panic!("unexpected {other:?}"),
+    }
+    let mut unanswered = TcpStream::connect(node.socket(101, SERVICE_PORT)).await.unwrap();
+    assert!(
+        timeout(Duration::from_millis(300), unanswered.read(&mut [0; 1])).await.is_err(),
+        "still accepted on"
+    );
+    assert_eq!(duplicates(&first), 1, "the older listener is still held");
+    node.remove_pod("client").await;
+    for stream in [&mut old_client, &mut old_server] {
+        let read = timeout(Duration::from_secs(1), stream.read(&mut [0; 1])).await.unwrap();
+        assert!(read.is_err(), "{read:?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_removed_pod_is_no_longer_served_and_what_it_holds_is_reset() {
     let (mut node, app) = two_pods().await;
@@ -205,7 +247,7 @@ async fn readiness_comes_with_the_first_snapshot_and_stays() {
     let mut node = Node::start().await;
     let listener = http::bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let address = listener.local_addr().unwrap();
-    let server = tokio::spawn(http::serve(Arc::clone(&node.app), listener));
+    let server = tokio::spawn(http::serve(Arc::clone(&node.app), address, listener, false));
     assert!(get(address, "/healthz/ready").await.starts_with("HTTP/1.1 503 "));
     node.snapshot_end().await;
     assert!(get(address, "/healthz/ready").await.starts_with("HTTP/1.1 200 "));

@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use prost::Message;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -21,11 +22,18 @@ use ztunnel::{
     access_log::AccessLog,
     app::App,
     deliver::deliver,
+    failure::Flag,
     pods::Pod,
-    proto::node::{Listener, PodAdd, PortRange},
+    proto::{
+        node::{Listener, PodAdd, PortRange, Resource},
+        security::{
+            Action, Authorization, Clause, Empty, Match, Rule, Scope, StringMatch, string_match::MatchType,
+        },
+        workload as wds,
+    },
     serve,
     sockets::PodSockets,
-    state::ADDRESS_TYPE,
+    state::{ADDRESS_TYPE, AUTHORIZATION_TYPE},
 };
 
 use support::{WAIT, bytes_of, workload_uid};
@@ -84,6 +92,18 @@ fn to_tokio(listener: StdListener) -> TcpListener {
     TcpListener::from_std(listener).unwrap()
 }
 
+fn connect(netns: &OwnedFd, source: IpAddr, destination: SocketAddr) -> TcpStream {
+    let stream = within(netns, move || {
+        let domain = socket2::Domain::for_address(destination);
+        let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None).unwrap();
+        socket.bind(&SocketAddr::new(source, 0).into()).unwrap();
+        socket.connect(&destination.into()).unwrap();
+        std::net::TcpStream::from(socket)
+    });
+    stream.set_nonblocking(true).unwrap();
+    TcpStream::from_std(stream).unwrap()
+}
+
 struct Fixture {
     app: Arc<App>,
     pod: Arc<Pod>,
@@ -116,6 +136,7 @@ fn fixture() -> Option<Fixture> {
             low: u32::from(*DELIVERY_PORTS.start()),
             high: u32::from(*DELIVERY_PORTS.end()),
         }],
+        in_transition: false,
     };
     let mut fds = vec![inside.try_clone().unwrap()];
     fds.extend(
@@ -128,15 +149,30 @@ fn fixture() -> Option<Fixture> {
     Some(Fixture { app, pod, outside, inside })
 }
 
-fn know_the_workload(app: &App) {
-    use prost::Message;
-    use ztunnel::proto::{node::Resource, workload as wds};
-
-    let workload = wds::Workload { uid: workload_uid("server"), ..wds::Workload::default() };
-    let name = workload.uid.clone();
-    let value = wds::Address { r#type: Some(wds::address::Type::Workload(workload)) }.encode_to_vec().into();
-    let resource = Resource { type_url: ADDRESS_TYPE.to_owned(), name, version: "1".to_owned(), value };
+fn know(app: &App, type_url: &str, name: &str, message: &impl Message) {
+    let (name, value) = (name.to_owned(), message.encode_to_vec().into());
+    let resource = Resource { type_url: type_url.to_owned(), name, version: "1".to_owned(), value };
     app.world_mut().upsert(&resource).unwrap();
+}
+
+fn know_the_workload(app: &App) {
+    let workload = wds::Workload { uid: workload_uid("server"), ..wds::Workload::default() };
+    let address = wds::Address { r#type: Some(wds::address::Type::Workload(workload)) };
+    know(app, ADDRESS_TYPE, &workload_uid("server"), &address);
+}
+
+/// What the control plane makes of STRICT, for the whole namespace.
+fn strict() -> Authorization {
+    let presence = StringMatch { match_type: Some(MatchType::Presence(Empty {})) };
+    let clause = Clause { matches: vec![Match { not_principals: vec![presence], ..Match::default() }] };
+    Authorization {
+        name: "istio_converted_static_strict".to_owned(),
+        namespace: "shop".to_owned(),
+        scope: Scope::Namespace.into(),
+        action: Action::Deny.into(),
+        rules: vec![Rule { clauses: vec![clause] }],
+        ..Authorization::default()
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -145,18 +181,10 @@ async fn the_app_sees_the_clients_address_in_both_families() {
     for (client, pod) in CLIENT.iter().zip(POD) {
         let destination = SocketAddr::new(pod.parse().unwrap(), 8080);
         let app = to_tokio(listen(&inside, destination));
-        let source: SocketAddr = SocketAddr::new(client.parse().unwrap(), 0);
-        let stream = within(&outside, move || {
-            let domain = socket2::Domain::for_address(destination);
-            let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None).unwrap();
-            socket.bind(&source.into()).unwrap();
-            socket.connect(&destination.into()).unwrap();
-            std::net::TcpStream::from(socket)
-        });
-        stream.set_nonblocking(true).unwrap();
-        let mut stream = TcpStream::from_std(stream).unwrap();
+        let source: IpAddr = client.parse().unwrap();
+        let mut stream = connect(&outside, source, destination);
         let (mut served, seen) = timeout(WAIT, app.accept()).await.expect("nothing was delivered").unwrap();
-        assert_eq!(seen.ip(), source.ip());
+        assert_eq!(seen.ip(), source);
         assert!(DELIVERY_PORTS.contains(&seen.port()), "{seen}");
         assert_eq!(served.local_addr().unwrap(), destination);
 
@@ -188,7 +216,11 @@ async fn a_delivery_takes_no_port_that_is_in_use_and_says_when_none_is_left() {
         held.push(stream);
     }
     let failure = deliver(&app, &pod, client, destination).await.unwrap_err();
-    assert!(failure.reason.contains("no source port is free for 198.18.7.1"), "{failure}");
+    assert!(
+        failure.reason.contains(&format!("198.18.7.1 to {destination}: no source port is free")),
+        "{failure}"
+    );
+    assert_eq!(failure.flag, Flag::NoSourcePort);
 
     // Another destination is another matter.
     let other = SocketAddr::new(POD[0].parse().unwrap(), 8082);
@@ -205,4 +237,33 @@ async fn a_closed_port_refuses_a_delivery_at_once() {
         let failure = timeout(Duration::from_secs(1), delivered).await.unwrap().unwrap_err();
         assert!(failure.reason.contains("connection refused by destination"), "{failure}");
     }
+}
+
+async fn is_reset(stream: &mut TcpStream) -> bool {
+    let read = timeout(Duration::from_secs(1), stream.read(&mut [0; 1])).await;
+    matches!(read, Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionReset)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strict_begins_when_the_transition_ends_and_spares_what_was_made_by_then() {
+    let Some(Fixture { app, pod, outside, inside }) = fixture() else { return };
+    let client: IpAddr = CLIENT[0].parse().unwrap();
+    let destination = SocketAddr::new(POD[0].parse().unwrap(), 8080);
+    let listener = to_tokio(listen(&inside, destination));
+    know(&app, AUTHORIZATION_TYPE, "shop/istio_converted_static_strict", &strict());
+
+    pod.set_in_transition(true);
+    let mut early = connect(&outside, client, destination);
+    let (mut served, _) = timeout(WAIT, listener.accept()).await.expect("nothing was delivered").unwrap();
+    pod.set_in_transition(false);
+    app.connections.reevaluate(&app.world(), |_| true);
+    assert!(is_reset(&mut connect(&outside, client, destination)).await);
+    early.write_all(b"x").await.unwrap();
+    timeout(WAIT, served.read_exact(&mut [0; 1])).await.expect("cut").unwrap();
+
+    // A policy of another kind holds for it all the same.
+    let everybody = Authorization { name: "all".to_owned(), rules: vec![Rule::default()], ..strict() };
+    know(&app, AUTHORIZATION_TYPE, "shop/all", &everybody);
+    app.connections.reevaluate(&app.world(), |_| true);
+    assert!(is_reset(&mut early).await);
 }

@@ -29,9 +29,9 @@ fn next_fd() -> u64 {
 async fn without_a_free_file_connections_wait_and_are_served_later() {
     let (node, app) = two_pods().await;
     let target = node.socket(100, SERVICE_PORT);
-    // Somebody else's process connects, ours can open nothing.
+    // Somebody else's process connects when ours can open nothing any more.
     let script = format!(
-        "exec 3<>/dev/tcp/{}/{}; echo hello >&3; read -r answer <&3; echo $answer",
+        "sleep 0.3; exec 3<>/dev/tcp/{}/{}; echo hello >&3; read -r answer <&3; echo $answer",
         target.ip(),
         target.port()
     );
@@ -39,9 +39,8 @@ async fn without_a_free_file_connections_wait_and_are_served_later() {
     command.args(["-c", &script]).stdout(std::process::Stdio::piped());
     let client = command.spawn().unwrap();
     limit_open_files(Some(next_fd()));
-    // Its connection may have come before the limit: this one cannot even have a socket.
     assert!(TcpStream::connect(target).await.is_err());
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    tokio::time::sleep(Duration::from_millis(800)).await;
     limit_open_files(None);
 
     let (mut served, _) = timeout(WAIT, app.accept()).await.expect("given up").unwrap();

@@ -33,6 +33,7 @@ fn policy(action: Action, service_account: &str) -> Authorization {
         action: action.into(),
         rules: vec![Rule { clauses: vec![clause] }],
         dry_run: false,
+        audit: false,
     }
 }
 
@@ -142,6 +143,22 @@ async fn a_pod_without_its_workload_or_with_an_unknown_policy_accepts_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_dry_run_or_an_audit_matches_is_counted_once_per_connection() {
+    for audit in [false, true] {
+        let (mut node, app) = two_pods().await;
+        let observing = Authorization { dry_run: !audit, audit, ..policy(Action::Deny, "client") };
+        node.upsert_policy(observing.clone()).await.unwrap();
+        let _open = [connection(&node, &app).await, connection(&node, &app).await];
+        // A new look at what is open is no new connection.
+        let other = Authorization { name: "other".to_owned(), ..policy(Action::Deny, "somebody-else") };
+        node.upsert_policy(other).await.unwrap();
+        let found = guard(&mut node).await;
+        assert_eq!((found.matched_connections, found.denied_connections, found.cut_connections), (2, 0, 0));
+        assert_eq!((found.dry_run, found.audit), (true, audit));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_policy_that_cannot_be_decoded_denies_its_namespace() {
     let (mut node, app) = two_pods().await;
     let error = node.upsert(AUTHORIZATION_TYPE, "shop/broken", vec![0xff]).await.unwrap_err();
@@ -221,6 +238,18 @@ async fn a_root_that_leaves_the_bundle_takes_its_tunnels_with_it() {
     node.apply(Body::TrustBundle(TrustBundle { roots_pem: next.pem().into() })).await.unwrap();
     is_reset(&mut client).await;
     is_reset(&mut server).await;
+    for line in node.access_log(2).await {
+        assert_eq!(line["response_flags"], "TLS_FAILURE", "{line}");
+        assert!(line["error"].as_str().unwrap().contains("leads to no root of the trust bundle"), "{line}");
+    }
+    let metrics = node.app.metrics.render(&node.app);
+    for reporter in ["source", "destination"] {
+        let start = format!("istio_tcp_connections_failed_total{{reporter=\"{reporter}\"");
+        let counted = metrics
+            .lines()
+            .any(|line| line.starts_with(&start) && line.ends_with("response_flags=\"TLS_FAILURE\"} 1"));
+        assert!(counted, "{reporter}: {metrics}");
+    }
     refused(&node, &app).await;
 
     node.ca = next;

@@ -270,6 +270,58 @@ fn the_child_outlives_a_supervisor_that_is_killed() {
     assert!(!state.starts_with('Z'), "{state}");
 }
 
+/// A child that writes `runs`, and ends with 0 on SIGTERM once `may_end` exists.
+const PATIENT: &str = "echo $$ >> runs; \
+    trap 'while [ ! -e may_end ]; do sleep 0.05; done; exit 0' TERM; while :; do sleep 0.05; done";
+
+#[test]
+fn sigusr2_starts_a_successor_and_the_older_child_is_not_started_again() {
+    let supervised = Supervised::start_with(&["supervise", "--hand-over", "--"], &["sh", "-c", PATIENT]);
+    let old = supervised.child(1);
+    supervised.signal(Signal::USR2);
+    let new = supervised.child(2);
+    kill_process(old, Signal::KILL).unwrap();
+    wait_until("the older child's end is told", || {
+        supervised.lines("stderr").iter().any(|line| line.contains("it had a successor")).then_some(())
+    })
+    .unwrap();
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(supervised.lines("runs").len(), 2);
+    kill_process(new, Signal::KILL).unwrap();
+    supervised.child(3);
+}
+
+#[test]
+fn an_end_waits_for_the_older_child_too() {
+    let mut supervised = Supervised::start_with(&["supervise", "--hand-over", "--"], &["sh", "-c", PATIENT]);
+    let old = supervised.child(1);
+    supervised.signal(Signal::USR2);
+    let new = supervised.child(2);
+    supervised.signal(Signal::TERM);
+    kill_process(new, Signal::KILL).unwrap();
+    thread::sleep(Duration::from_millis(300));
+    assert!(supervised.is_running(), "ended while the older child ran");
+    assert!(process_status(&old.to_string(), "State").is_some());
+    fs::write(supervised.path("may_end"), "").unwrap();
+    assert_eq!(supervised.exit_code(), 128 + 9);
+}
+
+#[test]
+fn a_successor_that_cannot_run_leaves_the_old_child_in_its_place() {
+    let script = format!("[ -e runs ] && exit 64; {PATIENT}");
+    let mut supervised = Supervised::start_with(&["supervise", "--hand-over", "--"], &["sh", "-c", &script]);
+    let old = supervised.child(1);
+    supervised.signal(Signal::USR2);
+    wait_until("it says so", || {
+        supervised.lines("stderr").iter().any(|line| line.contains("goes on")).then_some(())
+    })
+    .unwrap();
+    assert!(supervised.is_running());
+    fs::remove_file(supervised.path("runs")).unwrap();
+    kill_process(old, Signal::KILL).unwrap();
+    supervised.child(1);
+}
+
 #[test]
 fn orphans_are_adopted_and_reaped() {
     let supervised = Supervised::python(

@@ -54,8 +54,9 @@ pub fn choose(
         known += 1;
         let usable =
             (workload.healthy || service.allow_unhealthy) && workload.network == world.settings.network;
-        let target = workload.target_port(&service.key(), port).unwrap_or(own_port.target_port);
-        let (true, true, Some(ip)) = (usable, target != 0, address(service, workload, client.dialled)) else {
+        let target = workload.target_port(&service.key(), port, Some(own_port.target_port));
+        let (true, Some(target), Some(ip)) = (usable, target, address(service, workload, client.dialled))
+        else {
             continue;
         };
         let endpoint = Endpoint { workload: Arc::clone(workload), address: SocketAddr::new(ip, target) };

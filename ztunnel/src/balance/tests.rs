@@ -134,6 +134,25 @@ fn a_named_port_is_looked_up_at_the_endpoint_and_one_without_it_is_not_chosen() 
 }
 
 #[test]
+fn an_endpoint_that_lists_other_ports_is_none_of_this_one() {
+    let rows: [(&[wds::Port], Option<u16>); 4] = [
+        (&[port(80, 9090)], Some(9090)),
+        (&[port(81, 9091), port(80, 9090)], Some(9090)),
+        (&[port(81, 9091)], None),
+        // As of a control plane that leaves the numbers to the service.
+        (&[], Some(8080)),
+    ];
+    for (ports, expected) in rows {
+        let mut world = World::default();
+        world.put(service("ns1", "svc", &["10.10.0.1"])).unwrap();
+        world.put(endpoint(pod("only", &["10.0.0.2"]), "ns1/svc", ports)).unwrap();
+        let found = draw_once(&world, "10.10.0.1", &mut fastrand::Rng::new());
+        let wanted = expected.map(|port| SocketAddr::new(ip("10.0.0.2"), port));
+        assert_eq!(found.map(|endpoint| endpoint.address).ok(), wanted, "{ports:?}");
+    }
+}
+
+#[test]
 fn the_dialled_family_is_preferred_within_what_the_service_offers() {
     let mut world = World::default();
     world.put(endpoint(pod("both", &["10.0.0.2", "fd00::2"]), "ns1/svc", &[port(80, 8080)])).unwrap();

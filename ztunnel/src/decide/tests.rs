@@ -20,6 +20,7 @@ fn world() -> World {
         pod("client", &OWN),
         endpoint(pod("server", &["10.0.0.2", "fd00::2"]), "ns1/web", &[port(80, 8080)]),
         plain(pod("legacy", &["10.0.0.3"])),
+        pod("ranged", &["203.0.113.9"]),
         endpoint(plain(pod("legacy-web", &["10.0.0.4"])), "ns1/legacy", &[port(80, 8081)]),
         wds::Workload { waypoint: waypoint(), ..pod("guarded", &["10.0.0.5"]) },
         wds::Workload { network_mode: wds::NetworkMode::HostNetwork.into(), ..pod("host", &["192.0.2.1"]) },
@@ -65,6 +66,7 @@ fn destinations_of_all_kinds_take_their_way() {
         // Unknown, and outside.
         ("198.51.100.1:443", "plain 198.51.100.1:443".to_owned()),
         ("203.0.113.7:443", "plain 203.0.113.7:443".to_owned()),
+        ("203.0.113.9:443", hbone("ranged", "203.0.113.9:15008", "203.0.113.9:443")),
         // By the pod's address.
         ("10.0.0.2:9999", hbone("server", "10.0.0.2:15008", "10.0.0.2:9999")),
         ("[fd00::2]:9999", hbone("server", "[fd00::2]:15008", "[fd00::2]:9999")),

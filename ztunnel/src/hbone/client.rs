@@ -1,6 +1,13 @@
 //! The client side: tunnels to peers, and streams on them.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    future::{Future, poll_fn},
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream, client};
@@ -12,25 +19,30 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use super::{
     CONNECT_TIMEOUT, CONNECTION_WINDOW, MAX_FRAME, RESET_STREAMS, SEND_BUFFER, STREAM_WINDOW, peer_is_silent,
     pool::Key,
-    tunnel::{Lease, Tunnel},
+    tunnel::{Lease, Tunnel, UNKNOWN_LIMIT},
 };
 use crate::{
     app::App,
+    deliver::dial,
     failure::{Failure, Flag},
     identity::Identity,
     pods::Pod,
-    sockets, tls,
+    tls,
 };
 
-/// Longest header list that a peer may answer with.
-const MAX_HEADERS: u32 = 16 * 1024;
+/// Longest header list that a peer may answer with. An answer of four times as much ends the tunnel with all its
+/// streams (in h2), so it is far above what peers send.
+const MAX_HEADERS: u32 = 64 * 1024;
 /// The peer connects to its app, for which it has 10 s, before it answers.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(20);
-/// How often a tunnel that died, or was closing, while it was chosen is replaced.
+/// How often a tunnel that died, or was closing, while it was chosen is replaced, beside those of the pool: all of
+/// them close at once when the peer's ztunnel is replaced.
 const RETRIES: usize = 3;
 /// Of a refusal's body, what is logged.
 const MAX_REASON: usize = 512;
 const IDLE_CHECK: Duration = Duration::from_secs(30);
+/// An unused tunnel is closed after this.
+const IDLE: Duration = Duration::from_secs(300);
 
 /// A stream that the peer has connected to its app.
 pub struct Stream {
@@ -54,7 +66,7 @@ pub async fn open_stream(
     request: &Request<()>,
 ) -> Result<Stream, Failure> {
     let mut last = None;
-    for _ in 0..RETRIES {
+    for _ in 0..RETRIES + pod.tunnels.open_to(&key) {
         let generation = app
             .credentials
             .generation(&key.source)
@@ -120,7 +132,9 @@ async fn make_tunnel(app: Arc<App>, pod: Arc<Pod>, key: Key) -> Result<Arc<Tunne
         .credentials
         .client(&key.source, &key.identity)
         .map_err(|error| Failure::new(Flag::IdentityError, error.to_string()))?;
-    let tcp = dial(&app, &pod, key.peer).await.map_err(|error| tunnel_failure(key.peer, &error))?;
+    let tcp = dial(&app, &pod, key.from, key.peer, |_| Ok(()))
+        .await
+        .map_err(|error| tunnel_failure(key.peer, &error))?;
     let tls = handshake(config, tcp, key.peer).await?;
     let (peer_identity, peer_chain) = peer(&tls)?;
     let mut builder = client::Builder::new();
@@ -129,6 +143,7 @@ async fn make_tunnel(app: Arc<App>, pod: Arc<Pod>, key: Key) -> Result<Arc<Tunne
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(MAX_FRAME)
         .max_header_list_size(MAX_HEADERS)
+        .initial_max_send_streams(UNKNOWN_LIMIT)
         .max_send_buffer_size(SEND_BUFFER)
         .max_concurrent_reset_streams(RESET_STREAMS)
         .max_local_error_reset_streams(None)
@@ -139,18 +154,8 @@ async fn make_tunnel(app: Arc<App>, pod: Arc<Pod>, key: Key) -> Result<Arc<Tunne
         .map_err(|_| h2_failure("no HTTP/2 handshake in 10 s".to_owned()))?
         .map_err(|error| h2_failure(error.to_string()))?;
     let tunnel = Arc::new(Tunnel::new(requests, peer_identity, peer_chain, generation));
-    tokio::spawn(drive(connection, pod, key, Arc::clone(&tunnel)));
+    tokio::spawn(app.drain.track(drive(connection, pod, key, Arc::clone(&tunnel))));
     Ok(tunnel)
-}
-
-/// A TCP connection of the pod to `address`, with the pod's own address and never captured again.
-pub async fn dial(app: &App, pod: &Pod, address: SocketAddr) -> io::Result<TcpStream> {
-    let socket = app.sockets.outbound(&pod.netns, address.ip())?;
-    let stream = timeout(CONNECT_TIMEOUT, socket.connect(address))
-        .await
-        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-    sockets::set_common_options(&stream)?;
-    Ok(stream)
 }
 
 fn tunnel_failure(peer: SocketAddr, error: &io::Error) -> Failure {
@@ -206,11 +211,17 @@ async fn drive(
     let idle_check = async {
         loop {
             tokio::time::sleep(IDLE_CHECK).await;
-            tunnel.retire_if_idle();
+            tunnel.retire_if_idle(IDLE);
         }
     };
+    let mut settled = false;
+    let moved = poll_fn(|cx| {
+        let ended = Pin::new(&mut connection).poll(cx);
+        settled = settled || tunnel.settle();
+        ended
+    });
     tokio::select! {
-        ended = connection => {
+        ended = moved => {
             if let Err(error) = ended {
                 tracing::debug!(peer = %key.peer, %error, "tunnel broke");
             }

@@ -2,13 +2,15 @@
 //!
 //! A key names who talks to whom: an address that another workload got never meets an old tunnel. The least loaded
 //! tunnel of a key gets the next stream. While many streams share one tunnel, more are made in the background, so
-//! that a busy peer is not bound to one core.
+//! that a busy peer is not bound to one core. A new tunnel carries one stream at once, and more when the peer has said
+//! how many it allows; what was learned so holds for the key's next tunnels.
 
 use std::{
     collections::HashMap,
     future::Future,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
 };
 
 use rustls::pki_types::CertificateDer;
@@ -27,11 +29,13 @@ const SPREAD: usize = 4;
 /// Connections that wait for one tunnel to be made; more make a second one.
 const WAITERS: usize = 64;
 /// Times that a connection waits for a tunnel which others fill up before it.
-const ATTEMPTS: usize = 8;
+const ATTEMPTS: usize = 16;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
     pub source: Identity,
+    /// The client's address, which is the tunnel's too; `None`: the kernel chooses.
+    pub from: Option<IpAddr>,
     pub workload_uid: String,
     pub peer: SocketAddr,
     pub identity: Identity,
@@ -61,7 +65,31 @@ struct Groups {
 enum Next {
     Lease(Lease),
     Wait(watch::Receiver<Outcome>),
+    /// There is a tunnel, and its peer has not said yet how many streams it allows.
+    Settle(watch::Receiver<bool>),
     Closed,
+}
+
+// === impl Group ===
+
+impl Group {
+    /// How many streams the peer allows on a tunnel, if one of them knows.
+    fn limit(&self) -> Option<usize> {
+        self.tunnels.iter().rev().find_map(|tunnel| tunnel.limit())
+    }
+
+    /// Connections that wait for one tunnel in the making.
+    fn waiters(&self) -> usize {
+        self.limit().unwrap_or(WAITERS).clamp(1, WAITERS)
+    }
+
+    /// A tunnel that may take more streams soon, as long as nothing is known of the peer.
+    fn settling(&self) -> Option<watch::Receiver<bool>> {
+        if self.limit().is_some() {
+            return None;
+        }
+        self.tunnels.iter().find_map(|tunnel| tunnel.settling())
+    }
 }
 
 // === impl Pool ===
@@ -76,6 +104,10 @@ impl Pool {
             match self.next(key, generation, &make) {
                 Next::Lease(lease) => return Ok(lease),
                 Next::Closed => return Err(Failure::not_served()),
+                Next::Settle(mut settled) => {
+                    // Fails when the tunnel is gone, which is looked at next.
+                    let _ = settled.wait_for(|settled| *settled).await;
+                }
                 Next::Wait(mut outcome) => match outcome.wait_for(Option::is_some).await.as_deref() {
                     Ok(Some(Err(failure))) => return Err(failure.clone()),
                     Ok(_) => {}
@@ -93,6 +125,24 @@ impl Pool {
         self.groups().by_key.values().map(|group| group.tunnels.len()).sum()
     }
 
+    /// Number of open tunnels of a key.
+    pub fn open_to(&self, key: &Key) -> usize {
+        self.groups().by_key.get(key).map_or(0, |group| group.tunnels.len())
+    }
+
+    /// Has every tunnel end with its last stream.
+    pub fn retire(&self) {
+        let groups = self.groups();
+        groups.by_key.values().flat_map(|group| &group.tunnels).for_each(|tunnel| tunnel.retire());
+    }
+
+    /// Closes tunnels that were not used for so long.
+    pub fn retire_idle(&self, limit: Duration) {
+        let groups = self.groups();
+        let tunnels = groups.by_key.values().flat_map(|group| &group.tunnels);
+        tunnels.for_each(|tunnel| tunnel.retire_if_idle(limit));
+    }
+
     /// Breaks off tunnels whose peer is no longer trusted.
     pub fn recheck(&self, trusted: impl Fn(&[CertificateDer<'static>]) -> bool) {
         for group in self.groups().by_key.values() {
@@ -100,7 +150,7 @@ impl Pool {
                 .tunnels
                 .iter()
                 .filter(|tunnel| !trusted(&tunnel.peer_chain))
-                .for_each(|tunnel| tunnel.kill());
+                .for_each(|tunnel| tunnel.distrust());
         }
     }
 
@@ -147,10 +197,13 @@ impl Pool {
             }
             return Next::Lease(lease);
         }
+        if let Some(settling) = group.settling() {
+            return Next::Settle(settling);
+        }
         let making: Vec<_> = group.making.iter().filter_map(Weak::upgrade).collect();
         let waiting: usize = making.iter().map(|tunnel| tunnel.receiver_count()).sum();
         match making.last() {
-            Some(tunnel) if waiting < making.len() * WAITERS => Next::Wait(tunnel.subscribe()),
+            Some(tunnel) if waiting < making.len() * group.waiters() => Next::Wait(tunnel.subscribe()),
             _ => Next::Wait(self.make(key, group, make())),
         }
     }
@@ -179,6 +232,9 @@ impl Pool {
             let group = groups.by_key.entry(key).or_default();
             group.making.retain(|other| other.as_ptr() != Arc::as_ptr(&report));
             let outcome = made.map(|tunnel| {
+                if let Some(limit) = group.limit() {
+                    tunnel.assume(limit);
+                }
                 if !tunnel.is_closed() {
                     group.tunnels.push(tunnel);
                 }

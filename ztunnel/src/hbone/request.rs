@@ -77,10 +77,10 @@ pub fn baggage(workload: &Workload, cluster: &str) -> String {
     pairs.map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")
 }
 
-/// The host of a `Forwarded` header, if it has one.
+/// The host of a `Forwarded` header, if it has one: the first, where several proxies have written.
 pub fn forwarded_host(headers: &HeaderMap) -> Option<&str> {
     let value = headers.get("forwarded")?.to_str().ok()?;
-    let host = value.split(';').find_map(|part| part.trim().strip_prefix("host="))?;
+    let host = value.split([';', ',']).find_map(|part| part.trim().strip_prefix("host="))?;
     Some(host.trim_matches('"')).filter(|host| !host.is_empty())
 }
 
@@ -148,9 +148,12 @@ impl fmt::Display for Authority {
 
 #[cfg(test)]
 mod tests {
+    use http::header::{FORWARDED, HeaderName};
     use proptest::prelude::*;
 
     use super::*;
+
+    const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
     #[test]
     fn authorities_are_an_address_or_a_host_with_a_port() {
@@ -215,12 +218,55 @@ mod tests {
         }
     }
 
+    #[test]
+    fn the_host_is_found_among_what_proxies_write() {
+        let rows = [
+            ("for=\"10.0.0.1:80\";host=a.example", Some("a.example")),
+            ("host=\"a.example\"; for=unknown", Some("a.example")),
+            ("for=\"[::1]:80\";host=a.example, for=10.0.0.2;host=b.example", Some("a.example")),
+            ("for=10.0.0.1", None),
+            ("host=", None),
+            ("", None),
+        ];
+        for (value, expected) in rows {
+            let headers = HeaderMap::from_iter([(FORWARDED, value.parse().unwrap())]);
+            assert_eq!(forwarded_host(&headers), expected, "{value:?}");
+        }
+    }
+
+    // What a peer may send, whatever it is, is taken or refused. `make fuzz` tries many more.
     proptest! {
         #[test]
-        fn what_parses_prints_back(text in "[\\[\\]0-9a-f.:]{1,30}") {
+        fn what_parses_prints_back(text in "[\\[\\]0-9a-f.:]{1,30}|\\PC{0,40}") {
             if let Ok(authority) = text.parse::<Authority>() {
                 prop_assert_eq!(authority.to_string().parse::<Authority>(), Ok(authority));
             }
+        }
+
+        #[test]
+        fn every_address_is_an_authority(ip: IpAddr, port in 1u16..) {
+            let address = SocketAddr::new(ip, port);
+            prop_assert_eq!(address.to_string().parse(), Ok(Authority::Address(address)));
+        }
+
+        #[test]
+        fn headers_of_any_bytes_are_no_trouble(bytes: Vec<u8>, like in "(00-)?[0-9a-f]{0,40}(-|\\PC){0,9}") {
+            for value in [HeaderValue::from_bytes(&bytes), HeaderValue::from_bytes(like.as_bytes())] {
+                let Ok(value) = value else { continue };
+                let headers = HeaderMap::from_iter([(FORWARDED, value.clone()), (TRACEPARENT, value)]);
+                prop_assert!(forwarded_host(&headers).is_none_or(|host| !host.is_empty()));
+                let trace = Trace::of(&headers);
+                prop_assert_eq!(trace.id.len(), 32);
+                prop_assert!(trace.id.bytes().all(|byte| byte.is_ascii_hexdigit()));
+            }
+        }
+
+        #[test]
+        fn what_we_write_we_read(source: SocketAddr, hostname in "[a-z][a-z0-9.-]{0,60}") {
+            let service = Service { hostname: hostname.clone(), ..Service::default() };
+            let value = forwarded(source, Some(&service)).parse().unwrap();
+            let headers = HeaderMap::from_iter([(FORWARDED, value)]);
+            prop_assert_eq!(forwarded_host(&headers), Some(hostname.as_str()));
         }
     }
 }

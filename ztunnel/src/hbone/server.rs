@@ -2,7 +2,10 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, atomic::Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::Instant,
 };
 
@@ -44,6 +47,8 @@ struct Client {
     address: SocketAddr,
     local: SocketAddr,
     identity: Identity,
+    /// Set when the tunnel is broken off because the peer is no longer trusted.
+    distrusted: Arc<AtomicBool>,
 }
 
 /// A refusal with its status.
@@ -70,12 +75,13 @@ pub async fn serve(app: Arc<App>, pod: Arc<Pod>, tcp: TcpStream, address: Socket
                 service: None,
                 upstream: None,
                 tunnel: Some(local),
+                in_transition: false,
                 started,
             };
             return connections::refused(&app, &details, &failure);
         }
     };
-    let client = Client { pod, address, local, identity };
+    let client = Client { pod, address, local, identity, distrusted: Arc::default() };
     client.pod.inbound_tunnels.fetch_add(1, Relaxed);
     if let Err(error) = serve_streams(&app, &client, tls, &chain).await {
         tracing::debug!(peer = %client.address, identity = %client.identity, %error, "tunnel broke");
@@ -141,12 +147,19 @@ async fn serve_streams(
     let untrusted = app.credentials.distrusts_client(chain, &client.pod.identity.trust_domain);
     tokio::pin!(silent, untrusted);
     let mut drains = client.pod.drains();
+    if app.drain.is_draining() {
+        // It came too late to be another ztunnel's: its peer's next stream shall be.
+        connection.graceful_shutdown();
+    }
     let mut streams = JoinSet::new();
     let outcome = loop {
         tokio::select! {
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
-                    streams.spawn(serve_stream(Arc::clone(app), client.clone(), request, respond));
+                    // Tunnels outlive a pod's description: its addresses and ports are those of now.
+                    let client = Client { pod: app.pods.newest(&client.pod), ..client.clone() };
+                    let serving = serve_stream(Arc::clone(app), client, request, respond);
+                    streams.spawn(app.drain.track(serving));
                 }
                 Some(Err(error)) => break Err(error),
                 None => break Ok(()),
@@ -167,6 +180,7 @@ async fn serve_streams(
                 break Ok(());
             }
             () = &mut untrusted => {
+                client.distrusted.store(true, Relaxed);
                 tracing::info!(peer = %client.address, identity = %client.identity,
                     "tunnel broken off: its peer is no longer trusted");
                 break Ok(());
@@ -199,7 +213,8 @@ async fn serve_stream(
     match accept(&mut respond) {
         Ok(send) => {
             let (source, destination) = (Side::H2(send, request.into_body()), Side::Tcp(app_stream));
-            connections::run(&app, details, source, destination).await;
+            let cause = || client.distrusted.load(Relaxed).then(|| Failure::untrusted(&client.identity));
+            connections::run(&app, details, source, destination, cause).await;
         }
         Err(error) => {
             tracing::debug!(%error, "cannot answer");
@@ -223,8 +238,7 @@ async fn prepare(
     if destination.is_ipv4() != client.address.is_ipv4() {
         return Err(bad(format!("{destination} and the tunnel are of different address families")));
     }
-    connections::authorise(&app.world(), &client.pod, &details.policy_view())
-        .map_err(|failure| Refusal(StatusCode::UNAUTHORIZED, failure))?;
+    connections::admit(app, details).map_err(|failure| Refusal(StatusCode::UNAUTHORIZED, failure))?;
     let stream = deliver(app, &client.pod, client.address.ip(), destination)
         .await
         .map_err(|failure| Refusal(StatusCode::SERVICE_UNAVAILABLE, failure))?;
@@ -266,11 +280,8 @@ fn resolve(
     };
     let service = world.service_by_hostname(host, &pod.namespace).ok_or_else(elsewhere)?;
     let own = world.workload(&pod.workload_uid).ok_or_else(elsewhere)?;
-    let own_port = own.target_port(&service.key(), port);
-    let port = own_port
-        .or_else(|| service.port(port).map(|map| map.target_port))
-        .filter(|port| *port != 0 && own.services.contains_key(&service.key()))
-        .ok_or_else(elsewhere)?;
+    let default = service.port(port).map(|map| map.target_port);
+    let port = own.target_port(&service.key(), port, default).ok_or_else(elsewhere)?;
     let ip = pod.addresses.first().ok_or_else(elsewhere)?;
     Ok((SocketAddr::new(*ip, port), Some(Arc::clone(service))))
 }
@@ -294,6 +305,7 @@ fn details(world: &World, client: &Client, request: &Request<RecvStream>) -> Det
         service,
         upstream: None,
         tunnel: Some(client.local),
+        in_transition: false,
         started: Instant::now(),
     }
 }

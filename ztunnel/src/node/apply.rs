@@ -1,13 +1,14 @@
 //! Takes over what the agent's frames say. Every error names its object and becomes the frame's acknowledgement.
 
-use std::{os::fd::OwnedFd, sync::Arc};
+use std::{collections::HashSet, os::fd::OwnedFd, sync::Arc};
 
 use crate::{
     app::App,
     pods::Pod,
     proto::node::{AgentHello, PodAdd, Resources, TrustBundle, agent_frame::Body},
     serve,
-    state::Settings,
+    state::{AUTHORIZATION_TYPE, Settings},
+    supervise,
 };
 
 use super::VERSION;
@@ -42,6 +43,13 @@ pub fn apply(app: &Arc<App>, body: Body, fds: Vec<OwnedFd>) -> Result<(), String
             tracing::info!(pods = app.pods.list().len(), "snapshot complete, ready");
             Ok(())
         }
+        Body::Drain(drain) => {
+            app.drain.hand_over(drain.stay);
+            Ok(())
+        }
+        Body::Resume(_) => app.drain.take_back(),
+        Body::HandOver(_) if app.drain.is_draining() => Err("this ztunnel drains already".to_owned()),
+        Body::HandOver(_) => supervise::ask_for_successor(),
         Body::Dump(_) => Err("a dump request carries nothing to apply".to_owned()),
     }
 }
@@ -74,18 +82,27 @@ fn add_pod(app: &Arc<App>, add: &PodAdd, fds: Vec<OwnedFd>) -> Result<(), String
     if trust_domain.is_empty() {
         return Err("came before the agent's hello".to_owned());
     }
-    let pod = Pod::new(add, &trust_domain, fds)?;
-    if let Some(held) = app.pods.get(&add.uid).filter(|held| held.is_same(&pod)) {
+    let mut pod = Pod::new(add, &trust_domain, fds)?;
+    let held = app.pods.get(&add.uid);
+    if let Some(held) = held.as_ref().filter(|held| held.is_same(&pod)) {
         held.undrain();
+        held.set_in_transition(add.in_transition);
         return Ok(());
+    }
+    let continued = held.filter(|held| pod.continues(held));
+    if let Some(held) = &continued {
+        held.undrain();
+        pod.succeed(held);
     }
     let pod = Arc::new(pod);
     serve::start(app, &pod).map_err(|error| format!("listeners: {error}"))?;
     tracing::info!(pod = pod.display_name(), uid = pod.uid, netns = pod.netns.inode(), "serving");
-    if let Some(old) = app.pods.insert(pod) {
-        retire(app, &old);
+    match (app.pods.insert(pod), continued) {
+        (Some(old), Some(_)) => old.replace(),
+        (Some(old), None) => retire(app, &old),
+        (None, _) => {}
     }
-    app.connections.reevaluate(&app.world());
+    app.connections.reevaluate(&app.world(), |other| other.uid == add.uid);
     Ok(())
 }
 
@@ -112,7 +129,8 @@ fn trust(app: &App, bundle: &TrustBundle) -> Result<(), String> {
     Ok(())
 }
 
-/// Applies what can be applied of a batch and then has a new look at every open connection.
+/// Applies what can be applied of a batch and then has a new look at the open connections that it concerns: all after
+/// a change of policies, else those to pods whose workloads changed. Other workloads decide nothing here.
 fn resources(app: &App, batch: &Resources) -> Result<(), String> {
     let mut errors = Vec::new();
     {
@@ -126,6 +144,12 @@ fn resources(app: &App, batch: &Resources) -> Result<(), String> {
             }
         }
     }
-    app.connections.reevaluate(&app.world());
+    let changed = || {
+        let upserts = batch.upserts.iter().map(|upsert| (upsert.type_url.as_str(), upsert.name.as_str()));
+        upserts.chain(batch.removals.iter().map(|gone| (gone.type_url.as_str(), gone.name.as_str())))
+    };
+    let policies = changed().any(|(type_url, _)| type_url == AUTHORIZATION_TYPE);
+    let names: HashSet<&str> = changed().map(|(_, name)| name).collect();
+    app.connections.reevaluate(&app.world(), |pod| policies || names.contains(pod.workload_uid.as_str()));
     if errors.is_empty() { Ok(()) } else { Err(errors.join("; ")) }
 }

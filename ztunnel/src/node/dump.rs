@@ -68,6 +68,7 @@ fn connection(connection: &Connection) -> node::Connection {
         bytes_sent: connection.sent.load(Relaxed),
         bytes_received: connection.received.load(Relaxed),
         opened_unix_ms: u64::try_from(opened.as_millis()).unwrap_or(u64::MAX),
+        ..node::Connection::default()
     }
 }
 
@@ -87,6 +88,8 @@ fn policies(app: &App) -> node::PolicyList {
                 version: world.version(AUTHORIZATION_TYPE, policy.name).unwrap_or_default().to_owned(),
                 denied_connections: counts.denied,
                 cut_connections: counts.cut,
+                matched_connections: counts.matched,
+                audit: policy.audit,
             }
         })
         .collect();

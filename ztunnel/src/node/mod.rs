@@ -16,9 +16,10 @@ use tokio::net::UnixStream;
 use crate::{
     app::App,
     proto::node::{
-        Ack, AgentFrame, HeldPod, HelloEnd, ZtunnelFrame, ZtunnelHello, agent_frame::Body as AgentBody,
-        ztunnel_frame::Body,
+        Ack, AgentFrame, HeldPod, HelloEnd, Stopping, ZtunnelFrame, ZtunnelHello,
+        agent_frame::Body as AgentBody, ztunnel_frame::Body,
     },
+    supervise,
 };
 
 /// Of node.proto.
@@ -34,7 +35,10 @@ pub async fn run(app: Arc<App>, socket: &Path) {
             () = orphans::collect(&app) => continue,
         };
         tracing::info!(socket = %socket.display(), "connected to the agent");
-        match talk(&app, &mut FrameStream::new(stream)).await {
+        app.drain.set_agent_present(true);
+        let outcome = talk(&app, &mut FrameStream::new(stream)).await;
+        app.drain.set_agent_present(false);
+        match outcome {
             Ok(()) => tracing::warn!("the agent has closed the connection; serving on"),
             Err(error) => tracing::warn!(%error, "lost the agent; serving on"),
         }
@@ -62,7 +66,17 @@ async fn connect(socket: &Path) -> UnixStream {
 /// One connection: hello, then the agent's frames until it closes.
 async fn talk(app: &Arc<App>, stream: &mut FrameStream) -> Result<(), FrameError> {
     greet(app, stream).await?;
-    while let Some((frame, fds)) = stream.receive(|frame: &AgentFrame| frame.fds).await? {
+    let mut told = false;
+    loop {
+        let received = tokio::select! {
+            received = stream.receive(|frame: &AgentFrame| frame.fds) => received?,
+            () = app.drain.when_stopping(), if !told => {
+                told = true;
+                send(stream, Body::Stopping(Stopping {})).await?;
+                continue;
+            }
+        };
+        let Some((frame, fds)) = received else { return Ok(()) };
         let Some(body) = frame.body else {
             acknowledge(
                 stream,
@@ -82,7 +96,6 @@ async fn talk(app: &Arc<App>, stream: &mut FrameStream) -> Result<(), FrameError
         }
         acknowledge(stream, frame.seq, outcome).await?;
     }
-    Ok(())
 }
 
 async fn greet(app: &App, stream: &mut FrameStream) -> Result<(), FrameError> {
@@ -91,15 +104,21 @@ async fn greet(app: &App, stream: &mut FrameStream) -> Result<(), FrameError> {
         instance: app.instance.clone(),
         build: env!("CARGO_PKG_VERSION").to_owned(),
         resources: app.world().versions(),
+        draining: app.drain.is_draining(),
+        started_ms: app.started_ms,
+        born_ms: supervise::born_ms(),
     };
+    let draining = hello.draining;
     send(stream, Body::Hello(hello)).await?;
     for pod in app.pods.list() {
+        // Those of one that drains are its successor's.
+        let listeners = if draining { &[][..] } else { &pod.listeners[..] };
         let held = HeldPod {
             uid: pod.uid.clone(),
             netns_inode: pod.netns.inode(),
-            listeners: pod.listeners.iter().map(|(listener, _)| i32::from(*listener)).collect(),
+            listeners: listeners.iter().map(|(listener, _)| i32::from(*listener)).collect(),
         };
-        let sockets = pod.listeners.iter().map(|(_, fd)| fd.as_fd());
+        let sockets = listeners.iter().map(|(_, fd)| fd.as_fd());
         let fds: Vec<_> = std::iter::once(pod.netns.as_fd()).chain(sockets).collect();
         let count = u32::try_from(fds.len()).unwrap_or(u32::MAX);
         stream.send(&ZtunnelFrame { fds: count, body: Some(Body::HeldPod(held)) }, &fds).await?;

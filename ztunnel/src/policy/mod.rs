@@ -32,6 +32,8 @@ pub struct Connection {
     pub source_identity: Option<Identity>,
     pub source: SocketAddr,
     pub destination: SocketAddr,
+    /// Made in plaintext while the pod joined or left the mesh: what a PeerAuthentication became does not hold for it.
+    pub in_transition: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +64,7 @@ pub struct Summary<'a> {
     pub scope: &'static str,
     pub action: &'static str,
     pub dry_run: bool,
+    pub audit: bool,
     pub rules: usize,
     /// Why it fails closed.
     pub error: Option<&'a str>,
@@ -82,6 +85,9 @@ struct Policy {
     scope: Scope,
     action: Action,
     dry_run: bool,
+    audit: bool,
+    /// Stands for a PeerAuthentication.
+    transport: bool,
     rule_count: usize,
     rules: Rules,
     error: Option<String>,
@@ -125,18 +131,10 @@ impl PolicySet {
 
     /// All policies in order of name.
     pub fn iter(&self) -> impl Iterator<Item = Summary<'_>> {
-        self.by_name.values().map(|policy| Summary {
-            name: &policy.name,
-            scope: policy.scope.as_str_name(),
-            action: policy.action.as_str_name(),
-            dry_run: policy.dry_run,
-            rules: policy.rule_count,
-            error: policy.error.as_deref(),
-        })
+        self.by_name.values().map(|policy| policy.summary())
     }
 
     /// Whether a workload accepts a connection. `workload_policies` are the `namespace/name`s that it names.
-    /// Dry-run policies only log what they match.
     pub fn evaluate(
         &self,
         workload_namespace: &str,
@@ -144,23 +142,12 @@ impl PolicySet {
         connection: &Connection,
     ) -> Verdict {
         let facts = Facts::of(connection);
-        let applicable = || {
-            self.global
-                .iter()
-                .chain(self.by_namespace.get(workload_namespace).into_iter().flatten())
-                .chain(workload_policies.iter().filter_map(|name| self.by_name.get(name)))
+        let enforced = |action| {
+            self.applicable(workload_namespace, workload_policies).filter(move |p| {
+                !p.dry_run && p.action == action && !(p.transport && connection.in_transition)
+            })
         };
-        let enforced = |action| applicable().filter(move |p| !p.dry_run && p.action == action);
 
-        for policy in applicable().filter(|p| p.dry_run && p.rules.match_any(&facts)) {
-            tracing::info!(
-                policy = policy.name,
-                action = policy.action.as_str_name(),
-                source = %connection.source,
-                destination = %connection.destination,
-                "dry-run policy matches"
-            );
-        }
         if let Some(policy) = enforced(Action::Deny).find(|p| p.rules.match_any(&facts)) {
             return policy.deny();
         }
@@ -172,6 +159,30 @@ impl PolicySet {
             return Verdict::Allow;
         }
         Verdict::Deny { policy: None, reason: "allow policies exist, but none allowed".to_owned() }
+    }
+
+    /// The dry-run and audit policies that match: what they say is for the record only.
+    pub fn observe<'a>(
+        &'a self,
+        workload_namespace: &str,
+        workload_policies: &'a [String],
+        connection: &'a Connection,
+    ) -> impl Iterator<Item = Summary<'a>> {
+        let facts = Facts::of(connection);
+        self.applicable(workload_namespace, workload_policies)
+            .filter(move |p| p.dry_run && p.rules.match_any(&facts))
+            .map(|p| p.summary())
+    }
+
+    fn applicable<'a>(
+        &'a self,
+        workload_namespace: &str,
+        workload_policies: &'a [String],
+    ) -> impl Iterator<Item = &'a Arc<Policy>> {
+        self.global
+            .iter()
+            .chain(self.by_namespace.get(workload_namespace).into_iter().flatten())
+            .chain(workload_policies.iter().filter_map(|name| self.by_name.get(name)))
     }
 
     /// The list that makes a policy apply without being named.
@@ -206,7 +217,10 @@ impl Policy {
             namespace: proto.namespace.clone(),
             scope,
             action,
-            dry_run: proto.dry_run,
+            // An audit never decides, whatever else is said of it.
+            dry_run: proto.dry_run || proto.audit,
+            audit: proto.audit,
+            transport: is_transport(proto),
             rule_count: proto.rules.len(),
             rules: Rules::compile(&proto.rules)?,
             error: None,
@@ -216,8 +230,9 @@ impl Policy {
     /// The strictest reading: an action that is unknown denies, a scope that is unknown is global.
     fn fail_closed(name: &str, proto: &Authorization, cause: Uncompilable) -> (Self, Error) {
         let action = Action::try_from(proto.action).unwrap_or(Action::Deny);
+        let dry_run = proto.dry_run || proto.audit;
         let (rules, effect) = match action {
-            _ if proto.dry_run => (Rules::never(), "matches nothing: it is a dry run"),
+            _ if dry_run => (Rules::never(), "matches nothing: it is a dry run"),
             Action::Allow => (Rules::never(), "allows nothing"),
             Action::Deny => (Rules::always(), "denies everything in its scope"),
         };
@@ -227,12 +242,26 @@ impl Policy {
             namespace: proto.namespace.clone(),
             scope: scope_of(proto).unwrap_or(Scope::Global),
             action,
-            dry_run: proto.dry_run,
+            dry_run,
+            audit: proto.audit,
+            transport: is_transport(proto),
             rule_count: proto.rules.len(),
             rules,
             error: Some(error.to_string()),
         };
         (policy, error)
+    }
+
+    fn summary(&self) -> Summary<'_> {
+        Summary {
+            name: &self.name,
+            scope: self.scope.as_str_name(),
+            action: self.action.as_str_name(),
+            dry_run: self.dry_run,
+            audit: self.audit,
+            rules: self.rule_count,
+            error: self.error.as_deref(),
+        }
     }
 
     fn deny(&self) -> Verdict {
@@ -243,6 +272,11 @@ impl Policy {
         };
         Verdict::Deny { policy: Some(name.clone()), reason }
     }
+}
+
+/// Whether a policy stands for a PeerAuthentication: by Istio's names for these, which no object can have.
+fn is_transport(proto: &Authorization) -> bool {
+    proto.name == "istio_converted_static_strict" || proto.name.starts_with("converted_peer_authentication_")
 }
 
 fn scope_of(proto: &Authorization) -> Result<Scope, Uncompilable> {

@@ -149,8 +149,8 @@ impl World {
             .min_by_key(|w| (w.host_network, !w.is_pod(), w.uid.as_str()))
     }
 
-    /// The service that an address means to a client in `namespace`: the exact address before the longest range,
-    /// then the client's own namespace, canonical ones, and the first by name.
+    /// The service that an address means to a client in `namespace`: the exact address before the longest range, which
+    /// means nothing at the address of a pod, then the client's own namespace, canonical ones, and the first by name.
     pub fn service_by_address(&self, address: IpAddr, namespace: &str) -> Option<&Arc<Service>> {
         let network = self.settings.network.as_str();
         let exact = self
@@ -161,6 +161,10 @@ impl World {
             .filter(|service| service.owns(address, network) == Some(service::max_prefix(address)))
             .min_by_key(|service| service.preference(namespace));
         exact.or_else(|| {
+            // Else whoever may claim a range could lead what is for a pod out of its tunnel.
+            if self.workload_by_address(address).is_some_and(|workload| !workload.host_network) {
+                return None;
+            }
             self.ranges
                 .iter()
                 .filter_map(|service| Some((service.owns(address, network)?, service)))
@@ -284,6 +288,7 @@ fn deny_everything(resource: &str, root_namespace: &str) -> Authorization {
         action: Action::Deny.into(),
         rules: vec![Rule::default()],
         dry_run: false,
+        audit: false,
     }
 }
 

@@ -56,10 +56,13 @@ impl Workload {
         self.uid.split('/').nth(2) == Some("Pod")
     }
 
-    /// The port of this endpoint behind a port of a service, if it has one.
-    pub fn target_port(&self, service_key: &str, service_port: u16) -> Option<u16> {
+    /// The port of this endpoint behind a port of a service, if it has one. `default` is the service's own target
+    /// port: for an endpoint that lists no ports at all, since one that lists some has only those.
+    pub fn target_port(&self, service_key: &str, service_port: u16, default: Option<u16>) -> Option<u16> {
         let ports = self.services.get(service_key)?;
-        ports.iter().find(|map| map.service_port == service_port).map(|map| map.target_port)
+        let own = ports.iter().find(|map| map.service_port == service_port).map(|map| map.target_port);
+        let target = if ports.is_empty() { default } else { own };
+        target.filter(|port| *port != 0)
     }
 }
 

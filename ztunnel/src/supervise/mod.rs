@@ -1,10 +1,13 @@
-//! `ztunnel supervise [--store VARIABLE] -- COMMAND [ARGUMENT...]`: PID 1 of a container that restarts its one child
+//! `ztunnel supervise [--store VARIABLE | --hand-over] -- COMMAND [ARGUMENT...]`: PID 1 of a container that restarts its one child
 //! at once, without the kubelet's back-off, and keeps the child's listeners meanwhile.
 //!
 //! * A child that ends by itself is started again, whatever its status; only one that lives less than a second
 //!   several times in a row waits, 0.1 s to 5 s.
-//! * SIGTERM and SIGINT are passed on to the child, whose status then is the supervisor's. SIGHUP is passed on.
+//! * SIGTERM and SIGINT are passed on to the child, whose status then is the supervisor's, and to the older ones,
+//!   which are waited for. SIGHUP is passed on.
 //! * A child that ends with 64 to 78 (sysexits.h: wrong usage or configuration) is not started again.
+//! * With `--hand-over`, SIGUSR2 starts a successor beside the child. From then on the successor is what is kept
+//!   running; the older one ends when it is done. There is no FD store then: it could serve one of them only.
 //! * Orphans are reaped, also when it is not PID 1.
 //! * The child finds the FD store (see [`store`]) as the FD whose number is in VARIABLE, by default
 //!   `UNDERMESH_FD_STORE`. Its content and unprocessed messages outlive the child, unread answers do not.
@@ -27,14 +30,20 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
     process::{
-        Pid, Resource, Rlimit, Signal, WaitOptions, WaitStatus, getpid, getrlimit, kill_process,
+        Pid, Resource, Rlimit, Signal, WaitOptions, WaitStatus, getpid, getppid, getrlimit, kill_process,
         set_child_subreaper, setrlimit, wait,
     },
+    time::{ClockId, clock_gettime},
 };
 
 use store::FdStore;
 
-const USAGE: &str = "usage: ztunnel supervise [--store VARIABLE] -- COMMAND [ARGUMENT...]";
+const USAGE: &str = "usage: ztunnel supervise [--store VARIABLE | --hand-over] -- COMMAND [ARGUMENT...]";
+
+/// Tells a child which process to ask for a successor.
+const SUPERVISOR: &str = "UNDERMESH_SUPERVISOR";
+/// Tells it when that started, in milliseconds since boot.
+const BORN: &str = "UNDERMESH_SUPERVISOR_BORN_MS";
 
 /// sysexits.h, EX_USAGE and EX_OSERR.
 const EXIT_USAGE: u8 = 64;
@@ -42,8 +51,6 @@ const EXIT_OS_ERROR: u8 = 71;
 /// As shells do it.
 const EXIT_NOT_EXECUTABLE: u8 = 126;
 const EXIT_NOT_FOUND: u8 = 127;
-
-const FORWARDED: [Signal; 3] = [Signal::TERM, Signal::INT, Signal::HUP];
 
 /// Runs until the child has ended for good; returns the exit code. `arguments` come after `supervise`.
 pub fn main(arguments: impl Iterator<Item = OsString>) -> u8 {
@@ -60,6 +67,31 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> u8 {
     })
 }
 
+/// Milliseconds since the machine booted.
+pub fn boot_time_ms() -> u64 {
+    let now = clock_gettime(ClockId::Boottime);
+    u64::try_from(now.tv_sec * 1000 + now.tv_nsec / 1_000_000).unwrap_or_default()
+}
+
+/// For a child: when its supervisor started, 0 if it has none that hands over.
+pub fn born_ms() -> u64 {
+    std::env::var(BORN).ok().and_then(|born| born.parse().ok()).unwrap_or_default()
+}
+
+/// For a child: has the supervisor start a successor.
+///
+/// # Errors
+/// If no supervisor with `--hand-over` is this process' parent.
+pub fn ask_for_successor() -> Result<(), String> {
+    let supervisor = std::env::var(SUPERVISOR).ok().and_then(|pid| Pid::from_raw(pid.parse().ok()?));
+    match supervisor {
+        Some(pid) if getppid() == Some(pid) => {
+            kill_process(pid, Signal::USR2).map_err(|cause| format!("supervisor (process {pid}): {cause}"))
+        }
+        _ => Err("not started by `ztunnel supervise --hand-over`: nobody can start a successor".to_owned()),
+    }
+}
+
 fn say(message: fmt::Arguments<'_>) {
     eprintln!("ztunnel supervise: {message}");
 }
@@ -67,6 +99,7 @@ fn say(message: fmt::Arguments<'_>) {
 #[derive(Debug, PartialEq, Eq)]
 struct Options {
     store_variable: OsString,
+    hand_over: bool,
     command: OsString,
     arguments: Vec<OsString>,
 }
@@ -77,8 +110,11 @@ struct Supervisor {
     store: FdStore,
     backoff: Backoff,
     child: Child,
+    /// Children that a successor was started for.
+    older: Vec<Older>,
     /// The child was told to end: its end is ours.
     stopping: bool,
+    born_ms: u64,
 }
 
 enum Child {
@@ -91,6 +127,15 @@ enum Child {
         until: Instant,
         code: u8,
     },
+    /// Only while stopping: older ones are waited for.
+    Ended {
+        code: u8,
+    },
+}
+
+struct Older {
+    pid: Pid,
+    since: Instant,
 }
 
 /// Signal handlers write to it, the poll loop reads.
@@ -110,6 +155,7 @@ struct Backoff {
 impl Options {
     fn parse(mut arguments: impl Iterator<Item = OsString>) -> Result<Self, String> {
         let mut store_variable = OsString::from("UNDERMESH_FD_STORE");
+        let mut hand_over = false;
         loop {
             let argument = arguments.next().ok_or("there is no command")?;
             match argument.to_str() {
@@ -119,12 +165,13 @@ impl Options {
                         .filter(|name| !name.is_empty() && !name.as_encoded_bytes().contains(&b'='))
                         .ok_or("--store needs the name of an environment variable")?;
                 }
+                Some("--hand-over") => hand_over = true,
                 Some("--") => break,
                 _ => return Err(format!("{argument:?} is no option")),
             }
         }
         let command = arguments.next().ok_or("there is no command")?;
-        Ok(Self { store_variable, command, arguments: arguments.collect() })
+        Ok(Self { store_variable, hand_over, command, arguments: arguments.collect() })
     }
 }
 
@@ -134,11 +181,16 @@ impl Supervisor {
     fn new(options: Options) -> io::Result<Self> {
         set_child_subreaper(Some(getpid()))?;
         raise_fd_limit()?;
-        let signals =
-            FORWARDED.into_iter().chain([Signal::CHILD]).map(SignalPipe::new).collect::<Result<_, _>>()?;
+        let mut signals = vec![Signal::TERM, Signal::INT, Signal::HUP, Signal::CHILD];
+        if options.hand_over {
+            signals.push(Signal::USR2);
+        }
+        let signals = signals.into_iter().map(SignalPipe::new).collect::<Result<_, _>>()?;
         let child = Child::Waiting { until: Instant::now(), code: 0 };
         let store = FdStore::new()?;
-        Ok(Self { options, signals, store, backoff: Backoff::default(), child, stopping: false })
+        let backoff = Backoff::default();
+        let born_ms = boot_time_ms();
+        Ok(Self { options, signals, store, backoff, child, older: Vec::new(), stopping: false, born_ms })
     }
 
     fn run(mut self) -> io::Result<u8> {
@@ -180,7 +232,11 @@ impl Supervisor {
             }
         }
         for signal in arrived {
-            let flow = if signal == Signal::CHILD { self.reap()? } else { self.forward(signal) };
+            let flow = match signal {
+                Signal::CHILD => self.reap()?,
+                Signal::USR2 => self.start_successor(),
+                signal => self.forward(signal),
+            };
             if flow.is_break() {
                 return Ok(flow);
             }
@@ -191,7 +247,7 @@ impl Supervisor {
     fn timeout(&self) -> Option<Timespec> {
         let start = match self.child {
             Child::Waiting { until, .. } => Some(until.saturating_duration_since(Instant::now())),
-            Child::Running { .. } => None,
+            Child::Running { .. } | Child::Ended { .. } => None,
         };
         let timeout = start.into_iter().chain(self.store.timeout()).min()?;
         // Rounded up, so that the time has come when it wakes.
@@ -200,17 +256,42 @@ impl Supervisor {
 
     fn forward(&mut self, signal: Signal) -> ControlFlow<u8> {
         let stop = signal != Signal::HUP;
-        match self.child {
-            Child::Waiting { code, .. } if stop => return ControlFlow::Break(code),
-            Child::Waiting { .. } => {}
-            Child::Running { pid, .. } => {
-                self.stopping |= stop;
-                if let Err(cause) = kill_process(pid, signal) {
-                    say(format_args!("cannot pass {signal:?} on to process {pid}: {cause}"));
-                }
+        self.stopping |= stop;
+        let child = match self.child {
+            Child::Running { pid, .. } => Some(pid),
+            Child::Waiting { code, .. } if stop => {
+                self.child = Child::Ended { code };
+                None
+            }
+            Child::Waiting { .. } | Child::Ended { .. } => None,
+        };
+        for pid in child.into_iter().chain(self.older.iter().map(|older| older.pid)) {
+            if let Err(cause) = kill_process(pid, signal) {
+                say(format_args!("cannot pass {signal:?} on to process {pid}: {cause}"));
+            }
+        }
+        self.all_ended()
+    }
+
+    fn start_successor(&mut self) -> ControlFlow<u8> {
+        if let (Child::Running { pid, since }, false) = (&self.child, self.stopping) {
+            let older = Older { pid: *pid, since: *since };
+            if self.spawn().is_ok() {
+                say(format_args!("started a successor of {} (process {})", self.name(), older.pid));
+                self.older.push(older);
+            } else {
+                self.child = Child::Running { pid: older.pid, since: older.since };
             }
         }
         ControlFlow::Continue(())
+    }
+
+    /// Whether there is nobody left to wait for.
+    fn all_ended(&self) -> ControlFlow<u8> {
+        match self.child {
+            Child::Ended { code } if self.older.is_empty() => ControlFlow::Break(code),
+            _ => ControlFlow::Continue(()),
+        }
     }
 
     /// Takes the status of every process that has ended: the child, and orphans.
@@ -218,11 +299,13 @@ impl Supervisor {
         loop {
             match wait(WaitOptions::NOHANG) {
                 Ok(Some((ended, status))) => {
-                    if matches!(self.child, Child::Running { pid, .. } if pid == ended) {
-                        let flow = self.child_ended(status);
-                        if flow.is_break() {
-                            return Ok(flow);
-                        }
+                    let flow = if matches!(self.child, Child::Running { pid, .. } if pid == ended) {
+                        self.child_ended(status)
+                    } else {
+                        self.older_ended(ended, status)
+                    };
+                    if flow.is_break() {
+                        return Ok(flow);
                     }
                 }
                 Ok(None) | Err(Errno::CHILD) => return Ok(ControlFlow::Continue(())),
@@ -238,16 +321,16 @@ impl Supervisor {
         let code = exit_code(status);
         self.store.child_ended();
         if self.stopping {
-            return ControlFlow::Break(code);
+            self.child = Child::Ended { code };
+            return self.all_ended();
         }
-        let end = match status.terminating_signal() {
-            Some(signal) => format!("was ended by signal {signal}"),
-            None => format!("ended with status {code}"),
-        };
-        let who = format!("{} (process {pid}) {end} after {:.1} s", self.name(), lived.as_secs_f32());
+        let who = self.describe_end(pid, since, status);
         if status.exited() && (64..=78).contains(&code) {
             say(format_args!("{who}: wrong usage or configuration, it is not started again"));
-            return ControlFlow::Break(code);
+            let Some(Older { pid, since }) = self.older.pop() else { return ControlFlow::Break(code) };
+            say(format_args!("process {pid} goes on"));
+            self.child = Child::Running { pid, since };
+            return ControlFlow::Continue(());
         }
         let delay = self.backoff.after(lived);
         say(format_args!("{who}: starting it again in {:.1} s", delay.as_secs_f32()));
@@ -255,13 +338,24 @@ impl Supervisor {
         ControlFlow::Continue(())
     }
 
+    fn older_ended(&mut self, ended: Pid, status: WaitStatus) -> ControlFlow<u8> {
+        if let Some(index) = self.older.iter().position(|older| older.pid == ended) {
+            let Older { pid, since } = self.older.remove(index);
+            say(format_args!("{}: it had a successor", self.describe_end(pid, since, status)));
+        }
+        self.all_ended()
+    }
+
+    fn describe_end(&self, pid: Pid, since: Instant, status: WaitStatus) -> String {
+        let end = match status.terminating_signal() {
+            Some(signal) => format!("was ended by signal {signal}"),
+            None => format!("ended with status {}", exit_code(status)),
+        };
+        format!("{} (process {pid}) {end} after {:.1} s", self.name(), since.elapsed().as_secs_f32())
+    }
+
     fn spawn(&mut self) -> io::Result<()> {
-        let outcome = self.store.for_child().and_then(|fd| {
-            Command::new(&self.options.command)
-                .args(&self.options.arguments)
-                .env(&self.options.store_variable, fd.to_string())
-                .spawn()
-        });
+        let outcome = self.command().and_then(|mut command| command.spawn());
         match outcome {
             Ok(child) => {
                 self.child = Child::Running { pid: Pid::from_child(&child), since: Instant::now() };
@@ -274,6 +368,17 @@ impl Supervisor {
                 Err(cause)
             }
         }
+    }
+
+    fn command(&mut self) -> io::Result<Command> {
+        let mut command = Command::new(&self.options.command);
+        command.args(&self.options.arguments);
+        if self.options.hand_over {
+            command.env(SUPERVISOR, getpid().to_string()).env(BORN, self.born_ms.to_string());
+        } else {
+            command.env(&self.options.store_variable, self.store.for_child()?.to_string());
+        }
+        Ok(command)
     }
 
     fn name(&self) -> std::path::Display<'_> {
@@ -380,6 +485,7 @@ mod tests {
         let options = |variable: &str, command: &str, arguments: &[&str]| {
             Ok(Options {
                 store_variable: variable.into(),
+                hand_over: false,
                 command: command.into(),
                 arguments: arguments.iter().map(OsString::from).collect(),
             })

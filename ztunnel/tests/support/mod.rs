@@ -226,7 +226,8 @@ impl Node {
             addresses: vec![bytes_of(self.address(spec.host))],
             netns_inode: rustix::fs::fstat(&netns).unwrap().st_ino,
             listeners: spec.listeners.iter().map(|(listener, _)| i32::from(*listener)).collect(),
-            delivery_ports: vec![PortRange { low: 20_000, high: 29_999 }],
+            delivery_ports: vec![PortRange { low: 10_000, high: 29_999 }],
+            in_transition: false,
         };
         let sockets = spec.listeners.iter().map(|(_, fd)| fd.as_fd());
         let fds: Vec<_> = std::iter::once(netns.as_fd()).chain(sockets).collect();

@@ -18,6 +18,7 @@ fn connection(identity: Option<Identity>, source: &str, destination: &str) -> Co
         source_identity: identity,
         source: source.parse().expect("source"),
         destination: destination.parse().expect("destination"),
+        in_transition: false,
     }
 }
 
@@ -81,6 +82,7 @@ fn policy(action: Action, scope: Scope, namespace: &str, rules: Vec<Rule>) -> Au
         action: action.into(),
         rules,
         dry_run: false,
+        audit: false,
     }
 }
 
@@ -370,6 +372,66 @@ fn deny_comes_first_then_allow_policies_must_allow() {
             expected,
             "{account} to {namespace}"
         );
+    }
+}
+
+#[test]
+fn what_dry_run_and_audit_policies_match_is_for_the_record_only() {
+    let wildcard = |action, audit: bool| Authorization {
+        dry_run: !audit,
+        audit,
+        ..policy(action, Scope::Namespace, "ns1", vec![rule(vec![])])
+    };
+    let set = set(&[
+        ("ns1/dry-allow", wildcard(Action::Allow, false)),
+        ("ns1/dry-deny", by_account(Action::Deny, &["deny"], true)),
+        ("ns1/audit", wildcard(Action::Deny, true)),
+        ("ns1/real", by_account(Action::Deny, &["deny"], false)),
+    ]);
+    let rows = [
+        ("ns1", "default", &["ns1/audit", "ns1/dry-allow"][..], Verdict::Allow),
+        (
+            "ns1",
+            "deny",
+            &["ns1/audit", "ns1/dry-allow", "ns1/dry-deny"],
+            deny(Some("ns1/real"), "explicitly denied by ns1/real"),
+        ),
+        ("ns2", "deny", &[], Verdict::Allow),
+    ];
+    for (namespace, account, seen, verdict) in rows {
+        let connection = from_account(account);
+        let found: Vec<_> = set.observe(namespace, &[], &connection).map(|policy| policy.name).collect();
+        assert_eq!((&found[..], set.evaluate(namespace, &[], &connection)), (seen, verdict), "{account}");
+    }
+    assert!(set.iter().all(|policy| policy.audit == (policy.name == "ns1/audit")));
+}
+
+#[test]
+fn in_transition_only_what_stands_for_a_peer_authentication_does_not_hold() {
+    let denial = |name: &str| Authorization {
+        name: name.to_owned(),
+        ..policy(
+            Action::Deny,
+            Scope::WorkloadSelector,
+            "ns",
+            single(Match { not_principals: presence(), ..Match::default() }),
+        )
+    };
+    let rows = [
+        ("istio_converted_static_strict", true),
+        ("converted_peer_authentication_ports", true),
+        ("converted", false),
+        ("strict", false),
+    ];
+    for (name, exempt) in rows {
+        let full = format!("ns/{name}");
+        let set = set(&[(&full, denial(name))]);
+        let named = [full.clone()];
+        let allowed = |in_transition| {
+            let connection = Connection { in_transition, ..plaintext() };
+            set.evaluate("ns", &named, &connection) == Verdict::Allow
+        };
+        assert_eq!((allowed(false), allowed(true)), (false, exempt), "{name}");
     }
 }
 

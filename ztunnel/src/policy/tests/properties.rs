@@ -183,6 +183,7 @@ fn any_policy() -> impl Strategy<Value = (String, Authorization)> {
                 action,
                 rules,
                 dry_run,
+                audit: false,
             };
             (format!("{namespace}/{name}"), proto)
         },
@@ -198,6 +199,7 @@ fn any_connection() -> impl Strategy<Value = Connection> {
             source_identity,
             source: (source, 1234).into(),
             destination: (destination, port).into(),
+            in_transition: false,
         },
     )
 }
