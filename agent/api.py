@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import time
@@ -12,9 +13,10 @@ from typing import Any, Final, Protocol
 from aiohttp import web
 from google.protobuf.message import Message
 
+from undermesh.agent import private_socket
 from undermesh.agent.features import Check
 from undermesh.agent.reconciler import PodView
-from undermesh.agent.ztunnel_link import ZtunnelAway, ZtunnelLink
+from undermesh.agent.ztunnel_link import ZtunnelAway, ZtunnelLink, ZtunnelRefused
 from undermesh.proto import node_pb2 as wire
 
 VERSION: Final = "0.1.0"
@@ -37,7 +39,13 @@ class AgentState(Protocol):
 
     def certificate_errors(self) -> dict[str, str]: ...
 
+    def renew_certificates(self) -> list[str]: ...
+
     def counters(self) -> dict[str, int]: ...
+
+    def unready(self) -> str:
+        """Why the agent cannot serve the node yet; empty: it can."""
+        ...
 
 
 def _json(message: Message) -> dict[str, Any]:
@@ -62,6 +70,8 @@ class Api:
         app = web.Application()
         app.router.add_get("/v1/status", self._status)
         app.router.add_get("/v1/check", self._check)
+        app.router.add_get("/v1/live", self._live)
+        app.router.add_get("/v1/ready", self._ready)
         dumps: tuple[tuple[str, wire.DumpKind.ValueType, str], ...] = (
             ("connections", wire.DumpKind.CONNECTIONS, "connections"),
             ("policies", wire.DumpKind.POLICIES, "policies"),
@@ -71,17 +81,15 @@ class Api:
         for path, kind, name in dumps:
             app.router.add_get(f"/v1/{path}", self._dump(kind, name))
         app.router.add_get("/v1/certs", self._certs)
+        app.router.add_post("/v1/certs/renew", self._renew)
         app.router.add_get("/v1/counters", self._counters)
-        self._runner = web.AppRunner(app, access_log=None)
+        app.router.add_post("/v1/ztunnel/hand-over", self._hand_over)
+        # A newer agent may be waiting for our end.
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
 
     async def start(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
         await self._runner.setup()
-        old = os.umask(0o177)
-        try:
-            await web.UnixSite(self._runner, str(path)).start()
-        finally:
-            os.umask(old)
+        await web.SockSite(self._runner, private_socket.listen(path, 128)).start()
 
     async def stop(self) -> None:
         await self._runner.cleanup()
@@ -104,6 +112,7 @@ class Api:
                     "instance": peer[0] if peer else "",
                     "build": peer[1] if peer else "",
                     "pid": peer[2] if peer else 0,
+                    "draining": [dataclasses.asdict(other) for other in await self._state.link.draining()],
                 },
                 "control_plane": self._state.control_plane(),
                 "pods": [_pod(view, stats.get(view.pod.metadata.uid)) for view in self._state.pods()],
@@ -117,11 +126,28 @@ class Api:
         ]
         return web.json_response({"checks": checks})
 
+    async def _live(self, _request: web.Request) -> web.Response:
+        return web.Response(text="alive\n")
+
+    async def _ready(self, _request: web.Request) -> web.Response:
+        reason = self._state.unready()
+        return web.Response(status=503 if reason else 200, text=(reason or "ready") + "\n")
+
+    async def _hand_over(self, _request: web.Request) -> web.Response:
+        try:
+            old, new = await self._state.link.hand_over()
+        except (ZtunnelAway, ZtunnelRefused) as e:
+            return web.json_response({"error": str(e)}, status=503)
+        return web.json_response({"draining": old, "accepting": new})
+
     async def _counters(self, _request: web.Request) -> web.Response:
         return web.json_response({"counters": self._state.counters()})
 
     async def _certs(self, request: web.Request) -> web.Response:
         return await self._dump(wire.DumpKind.CERTIFICATES, "certificates", "certs")(request)
+
+    async def _renew(self, _request: web.Request) -> web.Response:
+        return web.json_response({"identities": self._state.renew_certificates()})
 
     def _dump(
         self, kind: wire.DumpKind.ValueType, field: str, key: str = ""

@@ -196,6 +196,15 @@ class CertificateManager:
             if slot.last_error is not None:
                 slot.retry()
 
+    def renew(self) -> list[str]:
+        """Asks for a new certificate of every wanted identity at once, and returns their names.
+
+        The old one stays in force until its successor is there: for a key that is no secret any more.
+        """
+        for slot in self._slots.values():
+            slot.retry()
+        return sorted(self._slots)
+
     async def run(self) -> None:
         """Runs until cancelled."""
         await asyncio.to_thread(self._store.prune, self._clock())

@@ -12,10 +12,11 @@ import contextlib
 import ipaddress
 import logging
 import os
-import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+from undermesh.agent import private_socket
 from undermesh.agent.bpf.layout import IPAddress
 from undermesh.agent.frames import FrameChannel, FrameError
 from undermesh.api.identity import ObjectKey
@@ -31,12 +32,27 @@ class NotEnrolled(Exception):
     """The pod cannot start now; the message says why and what to do."""
 
 
+@dataclass(frozen=True)
+class Sandbox:
+    """What the container runtime calls the plugin for.
+
+    Attributes:
+        pod: Its namespace and name.
+        uid: Of the pod, as the runtime has it; empty: it does not say.
+        container_id: Of the sandbox; a pod whose sandbox ends gets another one.
+    """
+
+    pod: ObjectKey
+    uid: str
+    container_id: str
+
+
 class Enroller(Protocol):
     """Enrols pods on demand."""
 
-    async def cni_add(self, pod: ObjectKey, uid: str, netns_fd: int, addresses: tuple[IPAddress, ...]) -> None: ...
+    async def cni_add(self, sandbox: Sandbox, netns_fd: int, addresses: tuple[IPAddress, ...]) -> None: ...
 
-    async def cni_delete(self, pod: ObjectKey) -> None: ...
+    async def cni_delete(self, sandbox: Sandbox) -> None: ...
 
     def cni_check(self, pod: ObjectKey) -> None: ...
 
@@ -50,15 +66,7 @@ class CniServer:
 
     async def run(self, path: Path) -> None:
         """Serves until cancelled."""
-        path.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            old = os.umask(0o177)
-            try:
-                listener.bind(str(path))
-            finally:
-                os.umask(old)
-            listener.listen(128)
-            listener.setblocking(False)
+        with private_socket.listen(path, 128) as listener:
             while True:
                 connection, _ = await asyncio.get_running_loop().sock_accept(listener)
                 call = asyncio.create_task(self._serve(FrameChannel(connection)), name="cni call")
@@ -93,10 +101,11 @@ class CniServer:
 
     async def _obey(self, request: cni_pb2.CniRequest, fds: list[int]) -> None:
         pod = ObjectKey(request.pod_namespace, request.pod_name)
+        sandbox = Sandbox(pod, request.pod_uid, request.container_id)
         if request.command == cni_pb2.CniRequest.ADD:
             addresses = tuple(ipaddress.ip_address(text) for text in request.addresses)
-            await self._enroller.cni_add(pod, request.pod_uid, fds[0], addresses)
+            await self._enroller.cni_add(sandbox, fds[0], addresses)
         elif request.command == cni_pb2.CniRequest.DEL:
-            await self._enroller.cni_delete(pod)
+            await self._enroller.cni_delete(sandbox)
         else:
             self._enroller.cni_check(pod)

@@ -55,7 +55,7 @@ class SupervisorStore:
         self._channel.send(b"list")
         kept: dict[str, list[int]] = {}
         while True:
-            message, fds, _flags, _address = socket.recv_fds(self._channel, 512, _MAX_FDS)
+            message, fds, _flags, _address = socket.recv_fds(self._channel, 512, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
             if message == b"end":
                 return kept
             if not message:

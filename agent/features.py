@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from undermesh.agent import cgroups
+from undermesh.agent import cgroups, sysctls
 
 # SO_REUSEADDR from the bind hook is the newest thing we need (design section 3).
 MINIMUM_KERNEL: Final = (6, 1)
 _BPF_FS_MAGIC: Final = 0xCAFE4A11
+# SYS_ADMIN, without which no namespace can be entered, holds what BPF and PERFMON allow (capabilities(7)).
 _CAPABILITIES: Final = {
     "CAP_NET_ADMIN": 12,
-    "CAP_NET_RAW": 13,
     "CAP_SYS_PTRACE": 19,
     "CAP_SYS_ADMIN": 21,
-    "CAP_BPF": 39,
 }
 
 
@@ -58,11 +57,13 @@ def _probes(pin_dir: Path, cgroup_root: Path, bpf_dir: Path) -> Iterator[Check]:
     )
     yield _mounted_bpffs(pin_dir)
     yield _cgroup2(cgroup_root)
+    yield _pods_visible(cgroup_root)
+    fault = sysctls.writable()
     yield Check(
-        "tcp_fwmark_accept",
-        Path("/proc/sys/net/ipv4/tcp_fwmark_accept").exists(),
-        "net.ipv4.tcp_fwmark_accept carries a delivery's mark to the app's socket",
-        "mount /proc of the host's kernel without masking /proc/sys/net",
+        "sysctls",
+        not fault,
+        fault or "net.ipv4.tcp_fwmark_accept can be set in each pod",
+        "give the container SYS_ADMIN and AppArmor profile Unconfined",
     )
     yield _libbpf()
     absent = [name for name in ("capture.bpf.o", "lookup.bpf.o") if not (bpf_dir / name).is_file()]
@@ -102,16 +103,18 @@ def _mounted_bpffs(pin_dir: Path) -> Check:
 
 def _cgroup2(cgroup_root: Path) -> Check:
     try:
-        mount = cgroups.find_mount()
+        tree = cgroups.open_tree(cgroup_root)
     except cgroups.CgroupError as e:
-        return Check("cgroup2", False, str(e), "boot with cgroup2, or mount it")
-    inside = cgroup_root.is_relative_to(mount)
-    return Check(
-        "cgroup2",
-        inside,
-        f"{cgroup_root} is {'under' if inside else 'not under'} the cgroup2 mount {mount}",
-        f"set --cgroup-root to a cgroup under {mount}",
-    )
+        return Check("cgroup2", False, str(e), "boot the node with cgroup2, and set --cgroup-root to its root")
+    return Check("cgroup2", True, f"the agent's is {tree.of_process(os.getpid())}")
+
+
+def _pods_visible(cgroup_root: Path) -> Check:
+    try:
+        pods = cgroups.pod_processes(cgroup_root)
+    except (cgroups.CgroupError, OSError) as e:
+        return Check("pod processes", False, str(e), "set hostPID: true in the agent's pod")
+    return Check("pod processes", True, f"of {len(pods)} pods")
 
 
 def _libbpf() -> Check:

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterable
 from typing import Final
 
+from undermesh.agent import sysctls
 from undermesh.agent.bpf.layout import ListenerSlot
 from undermesh.gen import marks
 
@@ -22,6 +23,7 @@ _SO_COOKIE: Final = 57
 _IP_TRANSPARENT: Final = 19
 _IPV6_TRANSPARENT: Final = 75
 _IPV6_V6ONLY: Final = 26
+_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 _MAX_PORT: Final = 65535
 _MIN_PORT: Final = 1024
 _DEFAULT_EPHEMERAL: Final = (32768, 60999)
@@ -61,8 +63,7 @@ def delivery_ports(ephemeral: PortRange) -> list[PortRange]:
 
 def ephemeral_range() -> PortRange:
     """net.ipv4.ip_local_port_range of the calling thread's namespace."""
-    with open("/proc/sys/net/ipv4/ip_local_port_range") as f:
-        low, high = map(int, f.read().split())
+    low, high = map(int, (sysctls.read("ipv4/ip_local_port_range") or "").split())
     return low, high
 
 
@@ -108,6 +109,9 @@ def _listener(slot: ListenerSlot, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, marks.BYPASS)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if not slot.is_hbone:
+            # Accepted sockets inherit it: a ztunnel that dies right after accept() resets the app's connection.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         if slot.is_v6:
             sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_V6ONLY, 1)
             sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)

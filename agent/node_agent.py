@@ -9,15 +9,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
-from undermesh.agent import cgroups, fd_store, features, health
+from undermesh.agent import cgroups, cni_conflist, features, health, netns
 from undermesh.agent.api import Api
 from undermesh.agent.bpf import node_capture
 from undermesh.agent.certificates import CertificateManager, Issued, RootsChanged, Withdrawn
+from undermesh.agent.cni_files import CniFiles
+from undermesh.agent.cni_install import CniInstaller
 from undermesh.agent.cni_server import CniServer
 from undermesh.agent.control import ControlPlane, ControlPlaneSettings
+from undermesh.agent.enrolled_namespaces import FILE_NAME as NAMESPACES_FILE
 from undermesh.agent.enrolled_namespaces import EnrolledNamespaces
+from undermesh.agent.fd_store import FdStore
 from undermesh.agent.features import Check
 from undermesh.agent.node_kernel import NodeKernel
 from undermesh.agent.object_source import open_source
@@ -43,23 +48,31 @@ class MachineUnfit(Exception):
     """The kernel or the machine lacks something; one line per missing piece."""
 
 
+def require_features(settings: Settings) -> None:
+    """Raises MachineUnfit if the node lacks something."""
+    checks = features.probe(settings.pin_dir, settings.cgroup_root, settings.bpf_dir)
+    missing = [check for check in checks if not check.ok]
+    if missing:
+        raise MachineUnfit("\n".join(f"{c.name}: {c.detail}; {c.next_step}" for c in missing))
+
+
 class NodeAgent:
     """One agent. `run` returns when it is cancelled; the kernel state then stays."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, store: FdStore) -> None:
         self.settings = settings
-        self._require_features()
-        settings.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        netns.threads()  # their home is the node's namespace, in which this thread is
         self._capture = node_capture.load(settings.bpf_dir, settings.pins, settings.cgroup_root)
-        self._kernel = NodeKernel(self._capture, cgroups.find_mount())
+        self._kernel = NodeKernel(self._capture, cgroups.open_tree(settings.cgroup_root))
         context = KernelContext(
             settings.bpf_dir,
             self._capture,
             PodRecords(settings.run_dir / "pods"),
-            fd_store.from_environment(os.environ),
+            store,
         )
         self._source = open_source(settings.source, settings.node, settings.run_dir)
         self._namespaces = EnrolledNamespaces(settings.state_dir)
+        self._cni = _cni_installer(settings)
         self._control = ControlPlane(
             ControlPlaneSettings(settings.control_plane, settings.ca_root, settings.token, settings.control_plane_name)
         )
@@ -92,13 +105,8 @@ class NodeAgent:
         )
         self._api = Api(self)
         self._state_known = False
+        self._objects_known = False
         self._xds.on_connected.append(self._certificates.retry_now)
-
-    def _require_features(self) -> None:
-        checks = features.probe(self.settings.pin_dir, self.settings.cgroup_root, self.settings.bpf_dir)
-        missing = [check for check in checks if not check.ok]
-        if missing:
-            raise MachineUnfit("\n".join(f"{c.name}: {c.detail}; {c.next_step}" for c in missing))
 
     async def run(self) -> None:
         """Works until cancelled, or until one of its parts fails for good (which it then raises)."""
@@ -115,9 +123,9 @@ class NodeAgent:
                 tasks.create_task(self._xds.run(), name="xds")
                 tasks.create_task(self._reporter.run(), name="reports")
                 tasks.create_task(self._watch_source(), name="source")
-                tasks.create_task(
-                    CniServer(self._reconciler).run(self.settings.run_dir / "cni.sock"), name="cni server"
-                )
+                tasks.create_task(CniServer(self._reconciler).run(_cni_socket(self.settings)), name="cni server")
+                if self._cni is not None:
+                    tasks.create_task(self._cni.run(), name="cni installation")
         finally:
             await self._reconciler.stop()
             await self.link.stop()
@@ -135,10 +143,12 @@ class NodeAgent:
     async def _watch_source(self) -> None:
         objects = self._source.watch()
         self._list_namespaces(await anext(objects))
+        self._objects_known = True
         if self._reconciler.lacking_listeners():
             await self.link.wait_greeted(within_s=_ADOPTION_WAIT_S)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._reconciler.run(), name="reconciler")
+            tasks.create_task(self._reconciler.inspect(), name="inspection")
             async for state in objects:
                 self._reconciler.wake()
                 self._list_namespaces(state)
@@ -178,6 +188,7 @@ class NodeAgent:
                         self._reconciler.wake_identity(certificate.identity)
                     case Withdrawn(identity, reason):
                         log.info("certificate of %s is withdrawn: %s", identity, reason)
+                        self._reconciler.wake_identity(identity)
                         await self.link.remove_certificate(identity)
                     case RootsChanged(roots_pem):
                         self.link.hold_trust_bundle(roots_pem)
@@ -204,6 +215,9 @@ class NodeAgent:
     def certificate_errors(self) -> dict[str, str]:
         return {state.identity: state.last_error for state in self._certificates.status() if state.last_error}
 
+    def renew_certificates(self) -> list[str]:
+        return self._certificates.renew()
+
     def counters(self) -> dict[str, int]:
         return self._capture.counters()
 
@@ -216,7 +230,38 @@ class NodeAgent:
             health.objects(self._source.errors),
             health.pods(self.pods()),
             health.certificates(self.certificate_errors()),
+            *([] if self._cni is None else [self._cni.check()]),
         ]
+
+    def unready(self) -> str:
+        if not self._objects_known:
+            return "the pods of this node are not known yet"
+        if self._cni is not None and not self._cni.check().ok:
+            return self._cni.check().detail
+        return self._without_ztunnel()
+
+    def _without_ztunnel(self) -> str:
+        """While a new pod takes the place of an old one, the old one's ztunnel must not make the new one ready."""
+        peer = self.link.peer
+        if peer is None:
+            return "ztunnel is not connected yet"
+        try:
+            tree = self._kernel.tree
+            ours, its = (cgroups.pod_uid_of(str(tree.of_process(pid))) for pid in (os.getpid(), peer[2]))
+        except cgroups.CgroupError as e:
+            return f"ztunnel: {e}"
+        return "" if ours == its else f"ztunnel of another pod (pid {peer[2]}) still accepts, not that of this pod"
+
+
+def _cni_socket(settings: Settings) -> Path:
+    return settings.run_dir / "cni.sock"
+
+
+def _cni_installer(settings: Settings) -> CniInstaller | None:
+    if settings.cni_plugin is None:
+        return None
+    entry = cni_conflist.entry(str(_cni_socket(settings)), str(settings.state_dir / NAMESPACES_FILE))
+    return CniInstaller(CniFiles(settings.cni_plugin, settings.cni_bin_dir, settings.cni_conf_dir, entry))
 
 
 def _resource(resource: Resource) -> wire.Resource:

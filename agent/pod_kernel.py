@@ -8,26 +8,30 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from pyroute2 import IPRoute
-
-from undermesh.agent import listeners, netns, routing
+from undermesh.agent import listeners, netlink_watch, netns, routing, sysctls
 from undermesh.agent.bpf import layout, pod_steering
 from undermesh.agent.bpf.layout import EnrolmentFlags, IPAddress, ListenerSlot
 from undermesh.agent.bpf.node_capture import Capture
 from undermesh.agent.fd_store import FdStore
 from undermesh.agent.pod_record import PodRecord, PodRecords
+from undermesh.agent.routing import FamilyState, RoutingError, Steps
+from undermesh.agent.rtnetlink import RouteSocket
 
 log = logging.getLogger(__name__)
 
 # Answers go the way of what they answer: those of sockets that the app accepts from a delivery, and those of no
 # socket at all (a refused delivery would else be reset towards the client, and ztunnel never hear of it).
 _SYSCTLS: Final = ("ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect")
-_PROC_NET: Final = Path("/proc/sys/net")
+
+
+# A pod's looks follow one another by far more than their news take.
+_PORTS_REMEMBERED: Final = 4
 
 
 @dataclass
@@ -50,10 +54,16 @@ class PodKernel:
     sockets: dict[ListenerSlot, socket.socket] = field(default_factory=dict)
     delivery_ports: list[listeners.PortRange] = field(default_factory=list)
     devices: frozenset[int] = frozenset()
+    news: socket.socket | None = None  # of the namespace; from the first look on, until a NetlinkWatch takes it
+    own_ports: deque[int] = field(default_factory=lambda: deque(maxlen=_PORTS_REMEMBERED))
+    _published: frozenset[int] | None = None  # the devices that the kernel was told of; None: an earlier agent may have
     _steering: pod_steering.Steering | None = None
     _stored: tuple[int, ...] = ()  # cookies of what the FD store keeps
     _stored_name: str | None = None
     _cookie: int = 0
+    _in_order: tuple[bytes, tuple[IPAddress, ...]] | None = None  # rules and routes that need no second reading
+    _ipv6: bool = False
+    _subscribed: bool = False
 
     @property
     def cookie(self) -> int:
@@ -67,57 +77,98 @@ class PodKernel:
 
     # === present ===
 
-    def ensure_routing(self, addresses: Sequence[IPAddress]) -> list[str]:
-        """Sysctl, rules and routes; returns what had to be made or mended.
+    def look(self, addresses: Sequence[IPAddress], avoid: Iterable[int]) -> tuple[EnrolmentFlags, list[str]]:
+        """Brings up, or back, what may be there before ztunnel serves the pod; with a pod that is steered already
+        the steering too, which must never wait for others.
+
+        Args:
+            addresses: of the pod.
+            avoid: ports that the pod's containers declare.
+
+        Returns:
+            What the kernel steered before, whoever set it, and what had to be made or mended.
 
         Raises:
             RoutingError: another owner's rule stands ahead of ours.
+            OSError: a listener cannot be made.
         """
-        mended = netns.run_in(self.netns_fd, lambda: self._routing(addresses))
+        present, mended = netns.run_in(self.netns_fd, lambda: self._look_inside(addresses, avoid))
         self._publish_devices()
-        return mended
+        self._store_listeners()
+        if present & EnrolmentFlags.INBOUND:
+            mended += self.ensure_inbound()
+        return present, mended
+
+    def _look_inside(self, addresses: Sequence[IPAddress], avoid: Iterable[int]) -> tuple[EnrolmentFlags, list[str]]:
+        if not self._subscribed:
+            self.news, self._subscribed = netlink_watch.subscribe(), True
+        present = self.present_flags
+        mended = self._routing(addresses)
+        missing = [slot for slot in listeners.wanted_slots(self._ipv6) if slot not in self.sockets]
+        if missing:
+            self.sockets |= listeners.make(missing, avoid)
+            mended.append("listeners")
+        return present, mended
 
     def _routing(self, addresses: Sequence[IPAddress]) -> list[str]:
-        mended = self._sysctls()
+        found = {name: value for name in _SYSCTLS if (value := sysctls.read(name)) is not None}
         self.delivery_ports = listeners.delivery_ports(listeners.ephemeral_range())
-        devices: set[int] = set()
-        with IPRoute() as netlink:
-            for family in routing.FAMILIES:
-                state = routing.read(netlink, family, self.record.tables.get(family))
-                steps = routing.plan_present(state, addresses)
-                if self.record.tables.get(family) != steps.table:
-                    self.record.tables[family] = steps.table
-                    self.context.records.save(self.record)
+        with RouteSocket() as netlink:
+            snapshot = routing.read(netlink)
+            as_found = (snapshot.digest(), tuple(addresses))
+            if as_found == self._in_order:
+                return self._set_sysctls(found)
+            self._in_order = None
+            self._ipv6 = snapshot.ipv6
+            states = snapshot.states(self.record.tables)
+            plans, obstacle = _plan(states, addresses)
+            self._remember(found, {family: steps.table for family, steps in plans.items()})
+            mended = self._set_sysctls(found)
+            if any(plans.values()):
+                self.own_ports.append(netlink.port)
+            for family, steps in plans.items():
                 if steps:
                     routing.apply(netlink, family, steps)
                     mended.append(f"{'IPv4' if family == socket.AF_INET else 'IPv6'} rules and routes")
-                devices |= {route.ifindex for route in routing.wanted_routes(state, addresses)}
-        self.devices = frozenset(devices)
+        if obstacle is not None:
+            raise obstacle
+        self.devices = frozenset(
+            route.ifindex for state in states.values() for route in routing.wanted_routes(state, addresses)
+        )
+        if not any(plans.values()):
+            self._in_order = as_found
         return mended
 
-    def _sysctls(self) -> list[str]:
-        mended = []
-        for name in _SYSCTLS:
-            path = _PROC_NET / name
-            if not path.exists():
-                continue  # a kernel without IPv6
-            present = path.read_text().strip()
-            if name not in self.record.sysctls:
-                self.record.sysctls[name] = present
-                self.context.records.save(self.record)
-            if present != "1":
-                path.write_text("1")
-                mended.append(name)
-        return mended
+    def _set_sysctls(self, found: Mapping[str, str]) -> list[str]:
+        wrong = [name for name, value in found.items() if value != "1"]
+        for name in wrong:
+            sysctls.write(name, "1")
+        return wrong
+
+    def _remember(self, found: Mapping[str, str], tables: Mapping[int, int]) -> None:
+        """Writes down what is about to be changed, so that a later agent can take it back."""
+        record = self.record
+        before = {name: value for name, value in found.items() if name not in record.sysctls}
+        if before or tables.items() - record.tables.items():
+            record.sysctls |= before
+            record.tables |= tables
+            self.context.records.save(record)
 
     def _publish_devices(self) -> None:
         pod_devices = self.context.capture.maps["pod_devices"]
-        wanted = {layout.PodDevice(self.record.pod_id, index).pack() for index in self.devices}
-        for key in list(pod_devices):
-            if layout.PodDevice.unpack(key).pod == self.record.pod_id and key not in wanted:
-                pod_devices.delete(key)
+        wanted = {self._device_key(index) for index in self.devices}
+        if self._published is None:
+            told = {key for key in pod_devices.entries() if layout.PodDevice.unpack(key).pod == self.record.pod_id}
+        else:
+            told = {self._device_key(index) for index in self._published}
+        for key in told - wanted:
+            pod_devices.delete(key)
         for key in wanted:
             pod_devices.update(key, layout.u32(1))
+        self._published = self.devices
+
+    def _device_key(self, index: int) -> bytes:
+        return layout.PodDevice(self.record.pod_id, index).pack()
 
     def adopt_listeners(self, fds: Mapping[ListenerSlot, int]) -> None:
         """Takes over listeners that survived the agent; those of slots we have already are closed."""
@@ -140,19 +191,6 @@ class PodKernel:
                 self._steering.set_listener(slot, sock.fileno())
             if present is not None:
                 present.close()
-
-    def ensure_listeners(self, avoid: Iterable[int]) -> list[str]:
-        """The listeners of each family that the namespace has; kept in the FD store too.
-
-        Raises:
-            OSError: a listener cannot be made.
-        """
-        ipv6 = netns.run_in(self.netns_fd, routing.ipv6_on)
-        missing = [slot for slot in listeners.wanted_slots(ipv6) if slot not in self.sockets]
-        if missing:
-            self.sockets |= netns.run_in(self.netns_fd, lambda: listeners.make(missing, avoid))
-        self._store_listeners()
-        return ["listeners"] if missing else []
 
     def _store_listeners(self) -> None:
         slots = sorted(self.sockets)
@@ -183,6 +221,16 @@ class PodKernel:
         if self._steering.attach(self.netns_fd):
             mended.append("steering link")
         return mended
+
+    def capture(self, outbound: bool) -> None:
+        """The steps that a pod whose listeners ztunnel accepts on can take in one go.
+
+        Args:
+            outbound: capture new connections too, behind the steering of inbound ones.
+        """
+        self.ensure_inbound()
+        if outbound:
+            self.ensure_outbound(True)
 
     def ensure_outbound(self, on: bool) -> list[str]:
         """Capture of new connections on or off."""
@@ -231,31 +279,36 @@ class PodKernel:
             self._steering = None
         if namespace_lives:
             netns.run_in(self.netns_fd, self._unroute)
-        self.devices = frozenset()
         self.forget()
 
     def forget(self) -> None:
         """Takes out what is left of a pod whose namespace is gone: pins, map entries, kept listeners."""
         maps = self.context.capture.maps
-        for key, value in maps["enrolled"].items():
-            if layout.Enrolment.unpack(value).pod == self.record.pod_id:
-                maps["enrolled"].delete(key)
+        if self._cookie:
+            maps["enrolled"].delete(layout.u64(self._cookie))
+        else:
+            for key, value in maps["enrolled"].entries().items():
+                if layout.Enrolment.unpack(value).pod == self.record.pod_id:
+                    maps["enrolled"].delete(key)
         pod_steering.remove(self.pins)
+        self.devices = frozenset()
         self._publish_devices()
         maps["pods"].delete(layout.u32(self.record.pod_id))
         self.close()
         self.context.records.remove(self.record.uid)
 
     def _unroute(self) -> None:
-        with IPRoute() as netlink:
-            for family in routing.FAMILIES:
-                state = routing.read(netlink, family, self.record.tables.get(family))
+        with RouteSocket() as netlink:
+            for family, state in routing.read(netlink).states(self.record.tables).items():
                 routing.apply(netlink, family, routing.plan_absent(state))
         for name, value in self.record.sysctls.items():
-            (_PROC_NET / name).write_text(value)
+            sysctls.write(name, value)
 
     def close(self) -> None:
         """Gives up the namespace and the listeners; kept FDs would keep both alive."""
+        if self.news is not None:
+            self.news.close()
+            self.news = None
         if self.sockets:
             self.context.store.drop(self._stored_name or self._name_in_store())
             self._stored, self._stored_name = (), None
@@ -265,6 +318,20 @@ class PodKernel:
         if self.netns_fd >= 0:
             os.close(self.netns_fd)
             self.netns_fd = -1
+
+
+def _plan(
+    states: Mapping[int, FamilyState], addresses: Sequence[IPAddress]
+) -> tuple[dict[int, Steps], RoutingError | None]:
+    """What each family needs; one that somebody else is in the way of must not keep the other broken."""
+    plans: dict[int, Steps] = {}
+    obstacle: RoutingError | None = None
+    for family, state in states.items():
+        try:
+            plans[family] = routing.plan_present(state, addresses)
+        except RoutingError as e:
+            obstacle = e
+    return plans, obstacle
 
 
 def parse_store_name(name: str) -> tuple[str, list[ListenerSlot]] | None:

@@ -11,9 +11,12 @@ from undermesh.proto import report_pb2
 
 def from_kernel(capture: Capture) -> dict[str, report_pb2.PodState.ValueType]:
     """The states that the kernel is in right now, by pod uid: what an earlier agent had reported."""
-    uids = {int.from_bytes(key, "little"): layout.Pod.unpack(value).uid for key, value in capture.maps["pods"].items()}
+    uids = {
+        int.from_bytes(key, "little"): layout.Pod.unpack(value).uid
+        for key, value in capture.maps["pods"].entries().items()
+    }
     states: dict[str, report_pb2.PodState.ValueType] = {}
-    for _, value in capture.maps["enrolled"].items():
+    for value in capture.maps["enrolled"].entries().values():
         enrolment = layout.Enrolment.unpack(value)
         uid = uids.get(enrolment.pod)
         if uid is not None:
@@ -28,18 +31,23 @@ class PodStates:
     def __init__(self, reporter: Reporter, initial: dict[str, report_pb2.PodState.ValueType]) -> None:
         self._reporter = reporter
         self._reports = {uid: PodReport(uid, state) for uid, state in initial.items()}
+        self._number = 0  # of the newest list
 
     def begin(self) -> None:
         """Makes the first report, of a node without pods too."""
-        self._reporter.update(self._reports.values())
+        self._number = self._reporter.update(self._reports.values())
 
     def set_state(self, uid: str, state: report_pb2.PodState.ValueType, error: str) -> int:
         """Records and reports one pod's state; returns the number to wait for."""
-        if state == report_pb2.PLAIN and not error:
-            self._reports.pop(uid, None)
+        report = None if state == report_pb2.PLAIN and not error else PodReport(uid, state, error)
+        if report == self._reports.get(uid) and self._number:
+            return self._number  # as each look at a pod finds it
+        if report is None:
+            del self._reports[uid]
         else:
-            self._reports[uid] = PodReport(uid, state, error)
-        return self._reporter.update(self._reports.values())
+            self._reports[uid] = report
+        self._number = self._reporter.update(self._reports.values())
+        return self._number
 
     async def wait_published(self, sequence: int) -> None:
         await self._reporter.wait_published(sequence)

@@ -11,17 +11,24 @@ tunnels to it any more; the rest when the last captured connection has ended.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final, ParamSpec, Protocol, TypeVar
 
+from undermesh.agent import netns
 from undermesh.agent.bpf.layout import EnrolmentFlags, IPAddress, ListenerSlot
 from undermesh.agent.bpf.libbpf import BpfError
+from undermesh.agent.listeners import PortRange
+from undermesh.agent.netlink_watch import NetlinkWatch
 from undermesh.agent.netns import NetnsError
 from undermesh.agent.pod_kernel import PodKernel
+from undermesh.agent.pod_stats import PodStatsBook
 from undermesh.agent.routing import RoutingError
 from undermesh.agent.ztunnel_link import ServedPod, ZtunnelAway, ZtunnelLink, ZtunnelRefused
 from undermesh.proto import node_pb2 as wire
@@ -29,10 +36,19 @@ from undermesh.proto import report_pb2
 
 log = logging.getLogger(__name__)
 
-# Rules and routes wake the worker by themselves (NetlinkWatch); sysctl and BPF objects are looked at this often.
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# On the way into the mesh.
 STEP_INTERVAL_S: Final = 5.0
+# In it, where inspection.py looks at the kernel: whatever else may have been missed.
+_SETTLED_INTERVAL_S: Final = 60.0
 _PUBLISH_TIMEOUT_S: Final = 15.0
 _UNENROL_POLL_S: Final = 0.3
+_WHOLE: Final = EnrolmentFlags.INBOUND | EnrolmentFlags.OUTBOUND
+_FAILURES: Final = (BpfError, NetnsError, RoutingError, OSError)
+
+Look = tuple[EnrolmentFlags, list[str]]
 
 
 class State(StrEnum):
@@ -43,6 +59,9 @@ class State(StrEnum):
     ENROLLED = "enrolled"
     UNENROLLING = "unenrolling"
     FAILED = "failed"
+
+
+_INTERVALS: Final = {State.UNENROLLING: _UNENROL_POLL_S, State.ENROLLED: _SETTLED_INTERVAL_S}
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,8 @@ class PodFacts:
     declared_ports: frozenset[int]
     enrolled: bool
     reason: str
+    cut_at: float | None = None
+    """Un-enrolling waits for the pod's connections no longer than this; seconds since the epoch; None: as they last."""
 
 
 class Publisher(Protocol):
@@ -89,6 +110,7 @@ class PodWorker:
         facts: PodFacts,
         kernel: PodKernel,
         link: ZtunnelLink,
+        stats: PodStatsBook,
         publisher: Publisher,
         certificate_error: Callable[[str], str | None],
         on_gone: Callable[[PodWorker], None],
@@ -101,19 +123,24 @@ class PodWorker:
         self.reason = ""
         self.stats = wire.PodStats()
         self.captured = asyncio.Event()
+        self.looked = 0.0  # when the kernel was last compared; time.monotonic()
         self._fresh = fresh
         self._link = link
+        self._stats = stats
         self._publisher = publisher
         self._certificate_error = certificate_error
         self._on_gone = on_gone
         self._wake = asyncio.Event()
+        self._watch: NetlinkWatch | None = None
+        self._told_ports: list[PortRange] = []  # what ztunnel delivers from
+        self._kernel_lock = asyncio.Lock()
         self._gone = False
         self._left = False  # everyone knows that the pod is plain
         self._closed = False  # inbound steering has been off for one step
         self._task = asyncio.create_task(self._run(), name=f"pod {facts.namespace}/{facts.name}")
 
     def update(self, facts: PodFacts) -> None:
-        if facts != self.facts:
+        if facts is not self.facts and facts != self.facts:
             self.facts = facts
             self._wake.set()
 
@@ -123,7 +150,11 @@ class PodWorker:
 
     async def adopt(self, held: Mapping[ListenerSlot, int]) -> None:
         """ztunnel holds listeners of this pod from before: they become the pod's, in place of any made since."""
-        await asyncio.to_thread(self.kernel.replace_listeners, held)
+        if self._gone:
+            for fd in held.values():
+                os.close(fd)
+            return
+        await self._in_thread(self.kernel.replace_listeners, held)
         self._wake.set()
 
     async def abandon(self) -> None:
@@ -137,19 +168,21 @@ class PodWorker:
         """The agent ends: stops working and leaves the kernel as it is."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        self._close_watch()
 
     async def _run(self) -> None:
         while not self._gone:
             self._wake.clear()
             try:
                 await self.step()
-            except (BpfError, NetnsError, RoutingError, ZtunnelRefused, OSError) as e:
+            except (*_FAILURES, ZtunnelRefused) as e:
                 self._fail(str(e))
             if self._gone:
                 return
-            interval = _UNENROL_POLL_S if self.state is State.UNENROLLING else STEP_INTERVAL_S
+            self.looked = time.monotonic()
             try:
-                await asyncio.wait_for(self._wake.wait(), interval)
+                async with asyncio.timeout(_INTERVALS.get(self.state, STEP_INTERVAL_S)):
+                    await self._wake.wait()
             except TimeoutError:
                 continue
 
@@ -162,38 +195,103 @@ class PodWorker:
             waiting = State.ENROLLING if enrolled else State.UNENROLLING
             self._set(self.state if self.state is State.ENROLLED else waiting, str(e))
 
+    # === looks between the steps (inspection.py) ===
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the pod is where it is to be, and nothing is done to it right now."""
+        return self._stays and not self._kernel_lock.locked()
+
+    @property
+    def _stays(self) -> bool:
+        return self.state is State.ENROLLED and self.facts.enrolled and not self._gone
+
+    async def lend(self) -> bool:
+        """Gives the pod's kernel objects to a look, if it is settled; `take_back` must follow then."""
+        if not self.is_settled:
+            return False
+        await self._kernel_lock.acquire()
+        if self._stays:
+            return True
+        # Somebody was in front, and took the pod out of the mesh: a look would put it back.
+        self._kernel_lock.release()
+        return False
+
+    def take_back(self) -> None:
+        self._kernel_lock.release()
+
+    def look(self) -> Look | Exception:
+        """Mends what is in the kernel, or says why it could not; to be called in one of `netns.threads()`."""
+        try:
+            return self.kernel.look(self.facts.addresses, self.facts.declared_ports)
+        except _FAILURES as e:
+            return e
+
+    def judge(self, found: Look | Exception) -> None:
+        """Has the worker do what follows from a look."""
+        self.looked = time.monotonic()
+        if self._gone:
+            return
+        if isinstance(found, Exception):
+            self._fail(str(found))
+            return
+        present, mended = found
+        self._warn_of(mended)
+        stale = self.reason != self.facts.reason or self.kernel.delivery_ports != self._told_ports
+        if mended or present != _WHOLE or stale:
+            self._wake.set()
+
+    def _warn_of(self, mended: list[str]) -> None:
+        if mended:
+            log.warning("pod %s/%s: mended %s", self.facts.namespace, self.facts.name, ", ".join(mended))
+
     # === enrol ===
 
     async def _enrol(self) -> None:
         facts, kernel = self.facts, self.kernel
         self._left = self._closed = False
-        present = await asyncio.to_thread(lambda: kernel.present_flags)
         settled = self.state is State.ENROLLED
-        mended = await asyncio.to_thread(kernel.ensure_routing, facts.addresses)
-        mended += await asyncio.to_thread(kernel.ensure_listeners, facts.declared_ports)
-        if present & EnrolmentFlags.INBOUND:
-            # It is steered already (repair, or after a restart of the agent): never wait for others with that.
-            mended += await asyncio.to_thread(kernel.ensure_inbound)
-        if settled and mended:
-            log.warning("pod %s/%s: mended %s", facts.namespace, facts.name, ", ".join(mended))
-        await self._link.add_pod(self._served())
+        try:
+            present, mended = await self._in_thread(kernel.look, facts.addresses, facts.declared_ports)
+        finally:
+            self._take_news()
+        if settled:
+            self._warn_of(mended)
+        told_ports = kernel.delivery_ports
+        joining = not self._fresh and not present & EnrolmentFlags.OUTBOUND
+        await self._link.add_pod(self._served(in_transition=joining))
+        self._told_ports = told_ports
         if not self._link.has_certificate(facts.identity):
             error = self._certificate_error(facts.identity)
             raise _Waiting(f"no certificate for {facts.identity} yet" + (f": {error}" if error else ""))
-        await asyncio.to_thread(kernel.ensure_inbound)
-        if not present & EnrolmentFlags.OUTBOUND:
-            if not self._fresh:
-                await self._publish(report_pb2.ACCEPTS_TUNNELS)
+        captured = bool(present & EnrolmentFlags.OUTBOUND)
+        if not present & EnrolmentFlags.INBOUND or (self._fresh and not captured):
+            await self._in_thread(kernel.capture, self._fresh)
+        if not captured and not self._fresh:
+            await self._publish(report_pb2.ACCEPTS_TUNNELS)
             if not self.facts.enrolled:
                 return
-            await asyncio.to_thread(kernel.ensure_outbound, True)
+            await self._link.add_pod(self._served())
+            await self._in_thread(kernel.ensure_outbound, True)
         self.captured.set()
         self._publisher.set_state(facts.uid, report_pb2.SENDS_TUNNELS, "")
         if self.state is not State.ENROLLED:
             log.info("pod %s/%s is enrolled", facts.namespace, facts.name)
         self._set(State.ENROLLED, facts.reason)
 
-    def _served(self) -> ServedPod:
+    def _take_news(self) -> None:
+        """From now on changes by others in the namespace wake the worker; what was missed since the look too."""
+        news, self.kernel.news = self.kernel.news, None
+        if news is not None:
+            self._watch = NetlinkWatch(news, self.wake, self.kernel.own_ports)
+
+    def _close_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+    def _served(self, *, in_transition: bool = False) -> ServedPod:
+        """The pod for ztunnel. In transition peers may send plaintext that STRICT would forbid."""
         facts, kernel = self.facts, self.kernel
         slots = sorted(kernel.sockets)
         message = wire.PodAdd(
@@ -206,6 +304,7 @@ class PodWorker:
             netns_inode=kernel.record.netns_inode,
             listeners=[wire.Listener.ValueType(int(slot)) for slot in slots],
             delivery_ports=[wire.PortRange(low=low, high=high) for low, high in kernel.delivery_ports],
+            in_transition=in_transition,
         )
         return ServedPod(message, kernel.netns_fd, tuple(kernel.sockets[slot].fileno() for slot in slots))
 
@@ -214,43 +313,50 @@ class PodWorker:
     async def _unenrol(self) -> None:
         if self.state is not State.UNENROLLING:
             self._set(State.UNENROLLING, self.facts.reason)
-        present = await asyncio.to_thread(lambda: self.kernel.present_flags)
+        self._fresh = False
+        present = await self._in_thread(lambda: self.kernel.present_flags)
         if present & EnrolmentFlags.OUTBOUND:
-            await asyncio.to_thread(self.kernel.ensure_outbound, False)
+            await self._in_thread(self.kernel.ensure_outbound, False)
         if not self._left:
+            # A ztunnel that is away learns it when it comes.
+            with contextlib.suppress(ZtunnelAway):
+                await self._link.add_pod(self._served(in_transition=True))
             await self._publish(report_pb2.PLAIN)
             self._left = True
             if self.facts.enrolled:
                 return
         try:
             await self._link.drain_pod(self.facts.uid)
-            self.stats = await self._fetch_stats()
+            self.stats = await self._stats.of(self.facts.uid)
         except ZtunnelAway as e:
             self._set(State.UNENROLLING, f"{e}; its connections cannot be counted")
             return
-        if self.stats.inbound_tunnels:
+        if self.stats.inbound_tunnels and not self._is_overdue():
             self._set(State.UNENROLLING, f"{self.stats.inbound_tunnels} tunnels of peers are still in use")
             return
         if not self._closed:
-            await asyncio.to_thread(self.kernel.stop_inbound)
+            await self._in_thread(self.kernel.stop_inbound)
             self._closed = True
             # What the listeners took in until now is counted by the next step, when ztunnel has accepted it.
             self._set(State.UNENROLLING, "inbound steering has just ended")
             return
         open_connections = self.stats.captured_connections + self.stats.inbound_connections
-        if open_connections:
+        if open_connections and not self._is_overdue():
             self._set(State.UNENROLLING, f"{open_connections} connections in the mesh are still open")
             return
+        if open_connections:
+            log.warning(
+                "pod %s/%s: %d connections in the mesh are reset: undermesh is being uninstalled, their time is over",
+                self.facts.namespace,
+                self.facts.name,
+                open_connections,
+            )
         await self._link.remove_pod(self.facts.uid)
         await self._remove(namespace_lives=True)
         log.info("pod %s/%s is un-enrolled", self.facts.namespace, self.facts.name)
 
-    async def _fetch_stats(self) -> wire.PodStats:
-        reply = await self._link.dump(wire.DumpKind.PODS)
-        for stats in reply.pods.pods:
-            if stats.uid == self.facts.uid:
-                return stats
-        return wire.PodStats(uid=self.facts.uid)
+    def _is_overdue(self) -> bool:
+        return self.facts.cut_at is not None and time.time() >= self.facts.cut_at
 
     async def _remove(self, namespace_lives: bool) -> None:
         try:
@@ -262,7 +368,8 @@ class PodWorker:
                 self.facts.name,
                 e,
             )
-        await asyncio.to_thread(self.kernel.remove, namespace_lives)
+        self._close_watch()
+        await self._in_thread(self.kernel.remove, namespace_lives)
         self._publisher.set_state(self.facts.uid, report_pb2.PLAIN, "")
         self._gone = True
         self._set(State.PLAIN, self.facts.reason)
@@ -270,11 +377,29 @@ class PodWorker:
 
     # === shared ===
 
+    async def _in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Works on the kernel beside the event loop, one piece of work of a pod at a time.
+
+        Cancelling does not end a thread: it is waited for, or it would put back what the canceller takes out, and go
+        on with a namespace whose FD number may be another one's by then.
+        """
+        async with self._kernel_lock:
+            loop = asyncio.get_running_loop()
+            running = loop.run_in_executor(netns.threads(), functools.partial(work, *args, **kwargs))
+            try:
+                return await asyncio.shield(running)
+            except asyncio.CancelledError:
+                await asyncio.wait((running,))
+                if not running.cancelled() and (error := running.exception()) is not None:
+                    log.info("pod %s/%s: the last work on it: %s", self.facts.namespace, self.facts.name, error)
+                raise
+
     async def _publish(self, state: report_pb2.PodState.ValueType) -> None:
         sequence = self._publisher.set_state(self.facts.uid, state, "")
         started = time.monotonic()
         try:
-            await asyncio.wait_for(self._publisher.wait_published(sequence), _PUBLISH_TIMEOUT_S)
+            async with asyncio.timeout(_PUBLISH_TIMEOUT_S):
+                await self._publisher.wait_published(sequence)
         except TimeoutError:
             waited = time.monotonic() - started
             name = report_pb2.PodState.Name(state)

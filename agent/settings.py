@@ -34,6 +34,10 @@ class Settings:
         control_plane_name: the name in the control plane's certificate.
         ca_root: file with the roots that the control plane and all peers chain to.
         token: file with the agent's pod-bound token.
+        cni_plugin: our CNI plugin in the image, to be kept installed on the node; None: somebody else installs it.
+        cni_bin_dir: where the container runtime looks for plugins.
+        cni_conf_dir: where it looks for network configurations.
+        probe_socket: where this agent alone answers the kubelet's probes; None: nowhere but on its API.
     """
 
     node: str
@@ -52,6 +56,10 @@ class Settings:
     root_namespace: str
     log_level: str
     state_dir: Path = Path("/var/lib/undermesh")
+    cni_plugin: Path | None = None
+    cni_bin_dir: Path = Path("/opt/cni/bin")
+    cni_conf_dir: Path = Path("/etc/cni/net.d")
+    probe_socket: Path | None = None
 
     @property
     def pins(self) -> Path:
@@ -76,6 +84,10 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--cluster", default="Kubernetes")
     parser.add_argument("--network", default="")
     parser.add_argument("--root-namespace", default="undermesh-system")
+    parser.add_argument("--cni-plugin", type=_file, default=None, help="CNI plugin to keep installed on the node")
+    parser.add_argument("--cni-bin-dir", type=Path, default=Path("/opt/cni/bin"), metavar="DIR")
+    parser.add_argument("--cni-conf-dir", type=Path, default=Path("/etc/cni/net.d"), metavar="DIR")
+    parser.add_argument("--probe-socket", type=Path, default=None, metavar="PATH")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     values = vars(parser.parse_args(arguments))
     if values["cgroup_root"] is None:
@@ -105,4 +117,11 @@ def _directory(text: str) -> Path:
     path = Path(text)
     if not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not a directory")
+    return path
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text} is not a file")
     return path

@@ -26,6 +26,7 @@ import grpc
 from undermesh.agent import streams
 from undermesh.agent.backoff import Backoff
 from undermesh.agent.control import ControlPlane
+from undermesh.agent.resource_file import ResourceFile
 from undermesh.agent.xds_state import MESSAGES, Batch, Resource, ResourceState, in_order
 from undermesh.proto import discovery_pb2, discovery_pb2_grpc
 
@@ -77,15 +78,15 @@ class XdsClient:
         self._control = control
         self._node = node
         self._apply = apply
-        self._file = state
+        self._file = None if state is None else ResourceFile(state)
         self._settings = settings or XdsSettings()
         self._state = ResourceState()
         self._connected = False
         self._since: float | None = None
         self._error: str | None = "not connected yet"
         self._owed = Batch()
-        if state is not None:
-            self._state.load(state)
+        if self._file is not None:
+            self._state.resources = self._file.load()
             if self._state.resources:
                 self.synced.set()
 
@@ -188,7 +189,7 @@ class XdsClient:
         self._owed = self._owed.then(batch)
         if not self._owed:
             return
-        await self._save()
+        await self._save(batch)
         try:
             await self._apply(self._owed)
         except Refused:
@@ -211,10 +212,9 @@ class XdsClient:
             self._since = time.time()
         self._connected, self._error = False, reason
 
-    async def _save(self) -> None:
-        if self._file is not None:
-            content = self._state.serialised()
-            await asyncio.to_thread(self._state.save, self._file, content)
+    async def _save(self, batch: Batch) -> None:
+        if self._file is not None and not self._file.append(batch):
+            await asyncio.to_thread(self._file.replace, tuple(self._state.resources.values()))
 
 
 async def _send(

@@ -1,21 +1,13 @@
-"""The xDS resources that this node holds: decoded to check them, kept as bytes, survived by a file.
-
-`ResourceState` is without I/O but for `load` and `save`.
-"""
+"""The xDS resources that this node holds: decoded to check them, kept as bytes. Without I/O."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from google.protobuf.message import DecodeError, Message
 
-from undermesh.agent import statefile
-from undermesh.proto import authorization_pb2, discovery_pb2, node_pb2, workload_pb2
-
-log = logging.getLogger(__name__)
+from undermesh.proto import authorization_pb2, discovery_pb2, workload_pb2
 
 ADDRESS = "type.googleapis.com/istio.workload.Address"
 AUTHORIZATION = "type.googleapis.com/istio.security.Authorization"
@@ -75,40 +67,15 @@ class ResourceState:
         upserts: list[Resource] = []
         for entry in response.resources:
             item = Resource(response.type_url, entry.name, entry.version, entry.resource.value)
-            fault = _fault(item, entry.resource.type_url)
-            if fault is not None:
-                refused[entry.name] = fault
+            reason = fault(item, entry.resource.type_url)
+            if reason is not None:
+                refused[entry.name] = reason
                 continue
             upserts.append(item)
             self.resources[item.type_url, item.name] = item
         removals = [(response.type_url, name) for name in response.removed_resources]
         held = [key for key in removals if self.resources.pop(key, None) is not None]
         return Batch(tuple(upserts), tuple(held)), refused
-
-    def load(self, path: Path) -> None:
-        """Reads what `save` wrote. A missing or damaged file leaves the state empty: all is sent anew."""
-        try:
-            stored = node_pb2.Resources.FromString(path.read_bytes())
-        except FileNotFoundError:
-            return
-        except (OSError, DecodeError) as error:
-            log.warning("kept xDS state %s is not used: %s", path, error)
-            return
-        items = (Resource(entry.type_url, entry.name, entry.version, entry.value) for entry in stored.upserts)
-        good = [item for item in items if item.type_url in MESSAGES and _fault(item, item.type_url) is None]
-        self.resources = {(item.type_url, item.name): item for item in good}
-
-    def serialised(self) -> bytes:
-        """The content for `save`."""
-        return node_pb2.Resources(upserts=map(_entry, self.resources.values())).SerializeToString()
-
-    @staticmethod
-    def save(path: Path, content: bytes) -> None:
-        """Writes the file; a failure is logged, since the state in memory is what counts."""
-        try:
-            statefile.replace(path, content)
-        except OSError as error:
-            log.warning("xDS state cannot be kept in %s: %s", path, error.strerror)
 
 
 def in_order(resources: Iterable[Resource]) -> tuple[Resource, ...]:
@@ -117,11 +84,8 @@ def in_order(resources: Iterable[Resource]) -> tuple[Resource, ...]:
     return tuple(sorted(resources, key=lambda item: (ranks[item.type_url], item.name)))
 
 
-def _entry(item: Resource) -> node_pb2.Resource:
-    return node_pb2.Resource(type_url=item.type_url, name=item.name, version=item.version, value=item.value)
-
-
-def _fault(item: Resource, type_url: str) -> str | None:
+def fault(item: Resource, type_url: str) -> str | None:
+    """Why a resource cannot be used; None: it can."""
     if type_url != item.type_url:
         return f"it holds {type_url or 'nothing'} where {item.type_url} is expected"
     if not item.name:

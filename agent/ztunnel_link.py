@@ -3,36 +3,45 @@
 The link holds what ztunnel should know: pods with their FDs, certificates, trust bundle, xDS resources. Changes
 go out at once and return when ztunnel has acknowledged them; a ztunnel that connects anew gets the difference
 between what it says it holds and what it should.
+
+Several may be connected, one of them accepts. When another one has everything, the older one is told to drain: it
+serves what it has open, and goes on getting certificates, policies and removals until it ends. Should the one that
+accepts be lost, one that drains is asked to accept again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from undermesh.agent.bpf.layout import ListenerSlot
+from undermesh.agent import private_socket
 from undermesh.agent.frames import FrameChannel, FrameError
+from undermesh.agent.ztunnel_session import (
+    PROTOCOL_VERSION,
+    HeldPod,
+    ResourceKey,
+    Session,
+    ZtunnelAway,
+    ZtunnelRefused,
+)
 from undermesh.proto import node_pb2 as wire
+
+__all__ = ["PROTOCOL_VERSION", "Draining", "HeldPod", "ServedPod", "ZtunnelAway", "ZtunnelLink", "ZtunnelRefused"]
 
 log = logging.getLogger(__name__)
 
-PROTOCOL_VERSION: Final = 1
 _RESOURCES_PER_FRAME: Final = 1000
-_DUMP_TIMEOUT_S: Final = 5.0
-
-
-class ZtunnelAway(Exception):
-    """No ztunnel is connected, or it went away before it answered."""
-
-
-class ZtunnelRefused(Exception):
-    """ztunnel answered with an error; the message is its own."""
+# A ztunnel beside the one that accepts has this long for an answer; then it is given up, or it would hold up others.
+_PATIENCE_S: Final = 10.0
+# A supervisor starts a crashed ztunnel again within this.
+_RESTART_WAIT_S: Final = 3.0
+_HAND_OVER_S: Final = 20.0
 
 
 @dataclass(frozen=True)
@@ -49,34 +58,17 @@ class ServedPod:
 
 
 @dataclass(frozen=True)
-class HeldPod:
-    """What a ztunnel gave back at connect; the FDs belong to whom it is handed to."""
+class Draining:
+    """A ztunnel that accepts nothing any more, and how many connections it still holds."""
 
-    uid: str
-    netns_inode: int
-    netns_fd: int
-    listeners: dict[ListenerSlot, int]
-
-
-ResourceKey = tuple[str, str]  # type URL, name
-
-
-@dataclass
-class _Session:
-    channel: FrameChannel
     pid: int
-    instance: str = ""
-    build: str = ""
-    open: bool = False  # it has the settings: changes go out at once, during the snapshot too
-    sequence: int = 0
-    waiting: dict[int, asyncio.Future[None]] = field(default_factory=dict)
-    dumps: dict[int, asyncio.Future[wire.DumpReply]] = field(default_factory=dict)
-    served: set[str] = field(default_factory=set)  # uids of pods that ztunnel has acknowledged
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    build: str
+    since: float  # Unix seconds
+    connections: int
 
 
 class ZtunnelLink:
-    """Serves one ztunnel at a time; the newest connection wins.
+    """Serves the node's ztunnels; of several that accept, the newest stays.
 
     Args:
         path: where the socket is made (mode 0600).
@@ -99,9 +91,12 @@ class ZtunnelLink:
         self._on_connect = on_connect
         self._on_held = on_held
         self._on_ready = on_ready
-        self._session: _Session | None = None
+        self._sessions: list[Session] = []  # oldest connection first
+        self._serving: Session | None = None  # the one that accepts and has everything
+        self._serving_changed = asyncio.Event()
         self._ready = asyncio.Event()
         self._server: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._pods: dict[str, ServedPod] = {}
         self._certificates: dict[str, wire.Certificate] = {}
         self._bundle = b""
@@ -118,9 +113,21 @@ class ZtunnelLink:
 
     @property
     def peer(self) -> tuple[str, str, int] | None:
-        """(instance, build, pid) of the connected ztunnel."""
-        session = self._session
-        return (session.instance, session.build, session.pid) if session and self.connected else None
+        """(instance, build, pid) of the ztunnel that accepts."""
+        session = self._serving
+        return (session.instance, session.build, session.pid) if session else None
+
+    async def draining(self) -> list[Draining]:
+        """The ztunnels that only serve what they have open."""
+        found = []
+        for session in [s for s in self._sessions if s.open and not s.accepts]:
+            try:
+                pods = (await session.dump(wire.DumpKind.PODS)).pods.pods
+            except ZtunnelAway:
+                continue  # it ended just now
+            count = sum(pod.captured_connections + pod.inbound_connections for pod in pods)
+            found.append(Draining(session.pid, session.build, session.draining_since, count))
+        return found
 
     def allow_snapshot(self) -> None:
         """From now on a ztunnel may be told that it knows everything: roots and the control plane's state are here."""
@@ -129,7 +136,8 @@ class ZtunnelLink:
     async def wait_greeted(self, *, within_s: float) -> bool:
         """Whether a ztunnel has said within that many seconds what it holds."""
         try:
-            await asyncio.wait_for(self._greeted.wait(), within_s)
+            async with asyncio.timeout(within_s):
+                await self._greeted.wait()
         except TimeoutError:
             return False
         return True
@@ -140,23 +148,41 @@ class ZtunnelLink:
         Raises:
             OSError: the socket cannot be made there.
         """
-        self._path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        old = os.umask(0o177)
-        try:
-            listener.bind(str(self._path))
-        finally:
-            os.umask(old)
-        listener.listen(8)
-        listener.setblocking(False)
+        listener = private_socket.listen(self._path, 8)
         self._server = asyncio.create_task(self._accept(listener), name="ztunnel link")
 
     async def stop(self) -> None:
-        if self._server is not None:
-            self._server.cancel()
-            await asyncio.gather(self._server, return_exceptions=True)
-        if self._session is not None:
-            self._end(self._session, "the agent stops")
+        tasks = [*self._tasks, *([] if self._server is None else [self._server])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for session in list(self._sessions):
+            self._end(session, "the agent stops")
+
+    async def hand_over(self) -> tuple[int, int]:
+        """Has ztunnel's supervisor start a successor, and waits until that one accepts.
+
+        Returns:
+            The pids of the ztunnel that drains now, and of the one that accepts.
+
+        Raises:
+            ZtunnelAway: none accepts now, or the successor did not within 20 s: the old one then goes on.
+            ZtunnelRefused: its supervisor starts none.
+        """
+        old = self._serving
+        if old is None:
+            raise ZtunnelAway("ztunnel is not connected: see the log of its container")
+        await old.tell(wire.AgentFrame(hand_over=wire.HandOver()))
+        try:
+            async with asyncio.timeout(_HAND_OVER_S):
+                while self._serving in (None, old):
+                    self._serving_changed.clear()
+                    await self._serving_changed.wait()
+        except TimeoutError:
+            reason = f"no successor of ztunnel (pid {old.pid}) was ready within {_HAND_OVER_S:.0f} s: see its log"
+            raise ZtunnelAway(reason) from None
+        assert self._serving is not None  # what the loop waited for
+        return old.pid, self._serving.pid
 
     # === what ztunnel should know ===
 
@@ -168,11 +194,12 @@ class ZtunnelLink:
             ZtunnelRefused: it cannot serve the pod.
         """
         self.orphans.discard(pod.uid)
-        session = self._session
+        session = self._current
         if self._pods.get(pod.uid) == pod and session is not None and pod.uid in session.served:
             return
         self._pods[pod.uid] = pod
-        await self._change(wire.AgentFrame(pod_add=pod.message), (pod.netns_fd, *pod.listener_fds))
+        fds = (pod.netns_fd, *pod.listener_fds)
+        await self._change(wire.AgentFrame(pod_add=pod.message), fds, accepting_only=True)
 
     async def remove_pod(self, uid: str) -> None:
         """Stops serving a pod: what is open in it is reset. A pod that ztunnel does not know is no error.
@@ -189,8 +216,8 @@ class ZtunnelLink:
 
         Adding the pod again ends it.
         """
-        if self._session is not None:
-            self._session.served.discard(uid)
+        for session in self._sessions:
+            session.served.discard(uid)
         await self._change(wire.AgentFrame(pod_drain=wire.PodDrain(uid=uid)))
 
     async def set_certificate(self, certificate: wire.Certificate) -> None:
@@ -236,28 +263,35 @@ class ZtunnelLink:
                 return
 
     async def dump(self, kind: wire.DumpKind.ValueType) -> wire.DumpReply:
-        """Asks ztunnel for a part of its state.
+        """Asks ztunnel for a part of its state; connections and counts are those of all that are connected.
 
         Raises:
-            ZtunnelAway: none is connected, or it did not answer within 5 s.
+            ZtunnelAway: none is connected, or the one that accepts did not answer within 5 s.
         """
-        session = self._session
-        if session is None or not self.connected:
+        serving = self._serving
+        if serving is None:
             raise ZtunnelAway("ztunnel is not connected: see the log of its container")
-        reply: asyncio.Future[wire.DumpReply] = asyncio.get_running_loop().create_future()
-        session.sequence += 1
-        number = session.sequence
-        session.dumps[number] = reply
-        frame = wire.AgentFrame(seq=number, dump=wire.DumpRequest(id=number, kind=kind))
-        try:
-            await session.channel.send(frame.SerializeToString())
-            return await asyncio.wait_for(reply, _DUMP_TIMEOUT_S)
-        except (FrameError, TimeoutError) as e:
-            raise ZtunnelAway(f"ztunnel did not answer: {e or 'no reply within 5 s'}") from e
-        finally:
-            session.dumps.pop(number, None)
+        reply = await serving.dump(kind)
+        if kind == wire.DumpKind.CONNECTIONS:
+            _mark(reply.connections, serving)
+        if kind not in _MERGED:
+            return reply
+        for session in [s for s in self._sessions if s.open and s is not serving]:
+            try:
+                other = await session.dump(kind)
+            except ZtunnelAway:
+                continue  # it ended just now, and its connections with it
+            _mark(other.connections, session)
+            _MERGED[kind](reply, other)
+        return reply
 
-    # === one connection ===
+    # === the connections ===
+
+    @property
+    def _current(self) -> Session | None:
+        """The one that changes wait for: it accepts, or it will once it has everything."""
+        candidates = [s for s in self._sessions if s.open and s.accepts]
+        return self._serving or (candidates[-1] if candidates else None)
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -265,160 +299,220 @@ class ZtunnelLink:
             while True:
                 sock, _ = await loop.sock_accept(listener)
                 channel = FrameChannel(sock)
-                if self._session is not None:
-                    self._end(self._session, "a new ztunnel connected")
-                session = _Session(channel, channel.peer_pid())
-                self._session = session
-                task = asyncio.create_task(self._serve(session), name="ztunnel session")
-                session.tasks.add(task)
-                task.add_done_callback(session.tasks.discard)
+                session = Session(channel, channel.peer_pid())
+                self._sessions.append(session)
+                session.start(asyncio.create_task(self._serve(session), name="ztunnel session"))
 
-    async def _serve(self, session: _Session) -> None:
+    async def _serve(self, session: Session) -> None:
         reason = "it closed the connection"
         try:
             self._on_connect(session.pid)
-            held_pods, held_resources = await self._greet(session)
-            self._greeted.set()
-            snapshot = asyncio.create_task(self._send_snapshot(session, held_pods, held_resources))
-            session.tasks.add(snapshot)
-            snapshot.add_done_callback(session.tasks.discard)
-            while (frame := await session.channel.receive()) is not None:
-                self._on_frame(session, wire.ZtunnelFrame.FromString(frame))
+            await session.greet(self._on_held)
+            for other in [s for s in self._sessions if s.instance == session.instance and s is not session]:
+                self._end(other, "it connected anew")
+            if session.accepts:
+                self._greeted.set()
+            session.start(asyncio.create_task(self._send_snapshot(session), name="ztunnel snapshot"))
+            while (data := await session.channel.receive()) is not None:
+                frame = wire.ZtunnelFrame.FromString(data)
+                if frame.HasField("stopping"):
+                    self._stops(session)
+                else:
+                    session.on_frame(frame)
         except (FrameError, ValueError) as e:
             reason = str(e)
         finally:
             self._end(session, reason)
 
-    async def _greet(self, session: _Session) -> tuple[set[str], dict[ResourceKey, str]]:
-        pods: set[str] = set()
-        resources: dict[ResourceKey, str] = {}
-        while True:
-            data = await session.channel.receive()
-            if data is None:
-                raise FrameError("ztunnel left before it had said what it holds")
-            frame = wire.ZtunnelFrame.FromString(data)
-            fds = session.channel.take_fds(frame.fds)
-            kind = frame.WhichOneof("body")
-            if kind == "hello":
-                if frame.hello.version != PROTOCOL_VERSION:
-                    raise FrameError(
-                        f"ztunnel speaks version {frame.hello.version} of the node protocol, this agent "
-                        f"{PROTOCOL_VERSION}: install agent and ztunnel of one release"
-                    )
-                session.instance, session.build = frame.hello.instance, frame.hello.build
-                resources = {(r.type_url, r.name): r.version for r in frame.hello.resources}
-            elif kind == "held_pod":
-                pods.add(frame.held_pod.uid)
-                await self._hand_back(frame.held_pod, fds)
-            elif kind == "hello_end":
-                return pods, resources
-            else:
-                raise FrameError(f"ztunnel sent {kind} before its hello ended")
-
-    async def _hand_back(self, held: wire.HeldPod, fds: list[int]) -> None:
-        if len(fds) != 1 + len(held.listeners):
-            for fd in fds:
-                os.close(fd)
-            raise FrameError(f"pod {held.uid}: {len(fds)} FDs for {len(held.listeners)} listeners and a netns")
-        listeners = {ListenerSlot(slot): fd for slot, fd in zip(held.listeners, fds[1:], strict=True)}
-        await self._on_held(HeldPod(held.uid, held.netns_inode, fds[0], listeners))
-
-    async def _send_snapshot(self, session: _Session, held_pods: Iterable[str], held: dict[ResourceKey, str]) -> None:
+    async def _send_snapshot(self, session: Session) -> None:
         """Sends what the peer lacks. Changes made meanwhile go out between its frames, which therefore read the
         state when they are sent: nothing old ever follows what is newer."""
         try:
-            await self._tell(session, wire.AgentFrame(hello=self._hello))
+            await session.tell(wire.AgentFrame(hello=self._hello))
             session.open = True
             await self._snapshot_complete.wait()
-            await self._tell(session, wire.AgentFrame(trust_bundle=wire.TrustBundle(roots_pem=self._bundle)))
+            await session.tell(wire.AgentFrame(trust_bundle=wire.TrustBundle(roots_pem=self._bundle)))
             for identity in list(self._certificates):
                 if (certificate := self._certificates.get(identity)) is not None:
-                    await self._tell(session, wire.AgentFrame(certificate=certificate))
-            await self._send_resources(session, held)
-            for uid in list(self._pods):
-                if (pod := self._pods.get(uid)) is not None:
-                    frame = wire.AgentFrame(pod_add=pod.message)
-                    await self._tell(session, frame, (pod.netns_fd, *pod.listener_fds), tolerate=True)
+                    await session.tell(wire.AgentFrame(certificate=certificate))
+            await self._send_resources(session)
+            await self._send_pods(session)
             # After a restart of the agent its workers may be on their way: the reconciler decides about these.
-            self.orphans = set(held_pods) - set(self._pods)
-            await self._tell(session, wire.AgentFrame(snapshot_end=wire.SnapshotEnd()))
+            self.orphans |= session.held_pods - set(self._pods)
+            if session.accepts:
+                await session.tell(wire.AgentFrame(snapshot_end=wire.SnapshotEnd()))
         except (FrameError, ZtunnelAway, ZtunnelRefused) as e:
             self._end(session, f"the snapshot failed: {e}")
             return
-        if self._session is session:
-            log.info("ztunnel %s (pid %d) is connected and up to date", session.instance, session.pid)
-            self._ready.set()
-            self._on_ready()
+        self._has_everything(session)
 
-    async def _send_resources(self, session: _Session, held: dict[ResourceKey, str]) -> None:
+    async def _send_pods(self, session: Session) -> None:
+        for uid in list(self._pods):
+            if session.accepts and (pod := self._pods.get(uid)) is not None:
+                try:
+                    await session.tell(wire.AgentFrame(pod_add=pod.message), (pod.netns_fd, *pod.listener_fds))
+                except ZtunnelRefused:
+                    log.exception("ztunnel refused a part of the snapshot")
+
+    async def _send_resources(self, session: Session) -> None:
+        held = session.held_resources
         changed = [key for key, r in self._resources.items() if held.get(key) != r.version]
         gone = [wire.ResourceName(type_url=t, name=n) for t, n in held if (t, n) not in self._resources]
         for start in range(0, len(changed), _RESOURCES_PER_FRAME):
             keys = changed[start : start + _RESOURCES_PER_FRAME]
             part = [self._resources[key] for key in keys if key in self._resources]
-            await self._tell(session, wire.AgentFrame(resources=wire.Resources(upserts=part)))
+            await session.tell(wire.AgentFrame(resources=wire.Resources(upserts=part)))
         if gone:
-            await self._tell(session, wire.AgentFrame(resources=wire.Resources(removals=gone)))
+            await session.tell(wire.AgentFrame(resources=wire.Resources(removals=gone)))
 
-    async def _change(self, frame: wire.AgentFrame, fds: Sequence[int] = ()) -> None:
-        session = self._session
-        if session is None or not session.open:
+    async def _change(self, frame: wire.AgentFrame, fds: Sequence[int] = (), *, accepting_only: bool = False) -> None:
+        """Tells every ztunnel that is concerned; returns when all have acknowledged, or those beside the one that
+        accepts were given up."""
+        current = self._current
+        others = [s for s in self._sessions if s.open and s is not current and (s.accepts or not accepting_only)]
+        telling: list[Coroutine[Any, Any, None]] = [self._tell_beside(session, frame, fds) for session in others]
+        if current is not None:
+            telling.insert(0, current.tell(frame, fds))
+        outcomes = await asyncio.gather(*telling, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        if current is None:
             raise ZtunnelAway("ztunnel is not connected")
-        await self._tell(session, frame, fds)
 
-    async def _tell(
-        self, session: _Session, frame: wire.AgentFrame, fds: Sequence[int] = (), tolerate: bool = False
-    ) -> None:
-        """Sends one frame and waits for its acknowledgement; `tolerate` logs a refusal instead of raising."""
-        session.sequence += 1
-        frame.seq = session.sequence
-        frame.fds = len(fds)
-        acknowledged: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        session.waiting[frame.seq] = acknowledged
+    async def _tell_beside(self, session: Session, frame: wire.AgentFrame, fds: Sequence[int] = ()) -> None:
+        """Tells one that nobody waits for: what it does not take is logged."""
         try:
-            await session.channel.send(frame.SerializeToString(), fds)
-            await acknowledged
-            if frame.HasField("pod_add"):
-                session.served.add(frame.pod_add.uid)
-        except FrameError as e:
-            raise ZtunnelAway(f"ztunnel went away: {e}") from e
-        except ZtunnelRefused:
-            if not tolerate:
-                raise
-            log.exception("ztunnel refused a part of the snapshot")
-        finally:
-            session.waiting.pop(frame.seq, None)
+            async with asyncio.timeout(_PATIENCE_S):
+                await session.tell(frame, fds)
+        except ZtunnelAway:
+            return
+        except ZtunnelRefused as e:
+            log.error("ztunnel (pid %d) beside the one that accepts: %s", session.pid, e)
+        except TimeoutError:
+            self._end(session, f"it has not answered for {_PATIENCE_S:.0f} s")
 
-    def _on_frame(self, session: _Session, frame: wire.ZtunnelFrame) -> None:
-        for fd in session.channel.take_fds(frame.fds):
-            os.close(fd)
-        kind = frame.WhichOneof("body")
-        if kind == "ack":
-            waiting = session.waiting.get(frame.ack.seq)
-            if waiting is not None and not waiting.done():
-                if frame.ack.error:
-                    waiting.set_exception(ZtunnelRefused(frame.ack.error))
-                else:
-                    waiting.set_result(None)
-        elif kind == "dump_reply":
-            reply = session.dumps.get(frame.dump_reply.id)
-            if reply is not None and not reply.done():
-                reply.set_result(frame.dump_reply)
+    # === which of them accepts ===
+
+    def _has_everything(self, session: Session) -> None:
+        if session not in self._sessions:
+            return
+        if not session.accepts:
+            log.info("ztunnel %s (pid %d) is connected and drains", session.instance, session.pid)
+            self._tell_of_successor(session)
+            if self._serving is None:
+                self._start(self._recover(_RESTART_WAIT_S))
+            return
+        session.ready = True
+        ready = [s for s in self._sessions if s.ready and s.accepts]
+        newest = max(ready, key=lambda s: s.age)
+        for other in ready:
+            if other is not newest:
+                other.accepts = False
+                other.draining_since = time.time()
+                log.info("ztunnel (pid %d) has taken over from pid %d, which drains", newest.pid, other.pid)
+        if self._serving is not newest:
+            log.info("ztunnel %s (pid %d) is connected and up to date", newest.instance, newest.pid)
+        self._serving = newest
+        self._serving_changed.set()
+        self._ready.set()
+        for other in self._sessions:
+            if not other.accepts:
+                self._tell_of_successor(other)
+        self._on_ready()
+
+    def _tell_of_successor(self, session: Session) -> None:
+        if self._serving is not None and not session.has_successor:
+            session.has_successor = True
+            stay = session.born_ms != self._serving.born_ms
+            self._start(self._tell_beside(session, wire.AgentFrame(drain=wire.Drain(stay=stay))))
+
+    def _stops(self, session: Session) -> None:
+        """It got SIGTERM: nobody accepts any more, unless there is another one."""
+        session.stopping, session.accepts = True, False
+        session.draining_since = session.draining_since or time.time()
+        log.info("ztunnel (pid %d) is told to end: it serves what it has open", session.pid)
+        if self._serving is session:
+            self._lost_serving(0.0)
         else:
-            raise FrameError(f"ztunnel sent {kind} after its hello had ended")
+            self._tell_of_successor(session)
 
-    def _end(self, session: _Session, reason: str) -> None:
-        if self._session is session:
-            self._session = None
-            self._ready.clear()
-            log.warning("ztunnel (pid %d) is disconnected: %s", session.pid, reason)
-        session.channel.close()
-        for task in session.tasks:
-            if task is not asyncio.current_task():
-                task.cancel()
-        for acknowledged in session.waiting.values():
-            if not acknowledged.done():
-                acknowledged.set_exception(ZtunnelAway(f"ztunnel went away: {reason}"))
-        for reply in session.dumps.values():
-            if not reply.done():
-                reply.set_exception(ZtunnelAway(f"ztunnel went away: {reason}"))
+    def _lost_serving(self, wait_s: float) -> None:
+        self._serving = None
+        self._ready.clear()
+        for session in self._sessions:
+            session.has_successor = False
+        self._start(self._recover(wait_s))
+
+    async def _recover(self, wait_s: float) -> None:
+        """Nobody accepts: unless one comes, those that drain have to."""
+        await asyncio.sleep(wait_s)
+        draining = [s for s in self._sessions if s.open and not s.accepts]
+        # Those that were told to end refuse, and hurry from then on.
+        for session in sorted(draining, key=lambda s: (not s.stopping, s.age), reverse=True):
+            if self._serving is not None or any(s.accepts for s in self._sessions):
+                return
+            try:
+                await session.tell(wire.AgentFrame(resume=wire.Resume()))
+            except (ZtunnelAway, ZtunnelRefused) as e:
+                log.info("ztunnel (pid %d) does not accept again: %s", session.pid, e)
+                continue
+            if not session.stopping:
+                session.accepts, session.draining_since = True, 0.0
+                session.held_pods = set()
+                session.held_resources = {key: r.version for key, r in self._resources.items()}
+                await self._send_snapshot(session)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name="ztunnel hand-over")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _end(self, session: Session, reason: str) -> None:
+        if session in self._sessions:
+            self._sessions.remove(session)
+            level = logging.WARNING if session.accepts else logging.INFO
+            log.log(level, "ztunnel (pid %d) is disconnected: %s", session.pid, reason)
+        session.close(reason)
+        if self._serving is session:
+            self._lost_serving(_RESTART_WAIT_S)
+
+
+# === what several ztunnels say, as one answer ===
+
+
+def _mark(connections: wire.ConnectionList, session: Session) -> None:
+    for connection in connections.connections:
+        connection.ztunnel_pid, connection.draining = session.pid, not session.accepts
+
+
+def _merge_pods(reply: wire.DumpReply, other: wire.DumpReply) -> None:
+    present = {pod.uid: pod for pod in reply.pods.pods}
+    for pod in other.pods.pods:
+        mine = present.get(pod.uid)
+        if mine is None:
+            reply.pods.pods.append(pod)
+            continue
+        mine.captured_connections += pod.captured_connections
+        mine.inbound_connections += pod.inbound_connections
+        mine.inbound_tunnels += pod.inbound_tunnels
+        mine.outbound_tunnels += pod.outbound_tunnels
+
+
+def _merge_connections(reply: wire.DumpReply, other: wire.DumpReply) -> None:
+    reply.connections.connections.extend(other.connections.connections)
+
+
+def _merge_policies(reply: wire.DumpReply, other: wire.DumpReply) -> None:
+    counts = {policy.name: policy for policy in other.policies.policies}
+    for policy in reply.policies.policies:
+        if (count := counts.get(policy.name)) is not None:
+            policy.denied_connections += count.denied_connections
+            policy.cut_connections += count.cut_connections
+
+
+_MERGED: Final[dict[wire.DumpKind.ValueType, Callable[[wire.DumpReply, wire.DumpReply], None]]] = {
+    wire.DumpKind.PODS: _merge_pods,
+    wire.DumpKind.CONNECTIONS: _merge_connections,
+    wire.DumpKind.POLICIES: _merge_policies,
+}

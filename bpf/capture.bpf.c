@@ -75,7 +75,7 @@ struct {
 	__type(value, struct socket_state);
 } sockets SEC(".maps");
 
-static __always_inline int is_our_mark(__u32 mark) { return mark >= MARK_BYPASS && mark <= MARK_DELIVERY; }
+static __always_inline int is_our_mark(__u32 mark) { return mark >= MARK_BYPASS && mark <= MARK_ANSWER; }
 
 static __always_inline int in_trusted_cgroup(void)
 {
@@ -84,11 +84,22 @@ static __always_inline int in_trusted_cgroup(void)
 	return bpf_map_lookup_elem(&trusted, &id) != NULL;
 }
 
-static __always_inline int in_pod_cgroup(const struct node *node)
+/* Every level, since user space cannot tell how deep a cgroup lies: a node that is itself a container sees
+ * only what is below its own. */
+static __always_inline int in_pod_cgroup(void)
 {
-	__u64 id = bpf_get_current_ancestor_cgroup_id(node->pods_level);
+	__u64 id;
+	int level;
 
-	return bpf_map_lookup_elem(&pod_cgroups, &id) != NULL;
+#pragma unroll
+	for (level = 1; level <= MAX_PODS_LEVEL; level++) {
+		id = bpf_get_current_ancestor_cgroup_id(level);
+		if (!id)
+			return 0;
+		if (bpf_map_lookup_elem(&pod_cgroups, &id))
+			return 1;
+	}
+	return 0;
 }
 
 /* === connect4, connect6 === */
@@ -126,7 +137,7 @@ static __always_inline int on_connect(struct bpf_sock_addr *ctx, const struct ad
 	enrolment = bpf_map_lookup_elem(&enrolled, &cookie);
 	if (!enrolment) {
 		self = bpf_map_lookup_elem(&node, &zero);
-		if (self && self->netns_cookie == cookie && !in_pod_cgroup(self)) {
+		if (self && self->netns_cookie == cookie && !in_pod_cgroup()) {
 			state = bpf_sk_storage_get(&sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 			if (state)
 				state->prober = 1;
@@ -377,6 +388,15 @@ static __always_inline void on_listen(struct bpf_sock_ops *ops)
 		set_socket_mark(ops, 0);
 }
 
+/* Only what this very socket has put there: another may have the 4-tuple by now. */
+static __always_inline void forget(struct bpf_sock_ops *ops, void *map, const struct flow *flow)
+{
+	__u64 *owner = bpf_map_lookup_elem(map, flow);
+
+	if (owner && *owner == bpf_get_socket_cookie(ops))
+		bpf_map_delete_elem(map, flow);
+}
+
 static __always_inline void on_close(struct bpf_sock_ops *ops)
 {
 	struct enrolment *enrolment;
@@ -389,7 +409,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ops)
 	enrolment = bpf_map_lookup_elem(&enrolled, &cookie);
 	if (enrolment) {
 		flow_of_socket(&flow, ops, enrolment->pod);
-		bpf_map_delete_elem(&captured, &flow);
+		forget(ops, &captured, &flow);
 		return;
 	}
 	flow_of_socket(&flow, ops, 0);
@@ -398,7 +418,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ops)
 	pod = bpf_map_lookup_elem(&probe_ports, &port);
 	if (pod) {
 		flow.pod = *pod;
-		bpf_map_delete_elem(&probes, &flow);
+		forget(ops, &probes, &flow);
 	}
 }
 

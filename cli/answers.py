@@ -14,13 +14,30 @@ class Process(msgspec.Struct, kw_only=True):
     started: float
 
 
+class Draining(msgspec.Struct, kw_only=True):
+    """A ztunnel that accepts nothing any more and serves what it has open; `since` in seconds."""
+
+    pid: int
+    build: str | None = None
+    since: float = 0.0
+    connections: int = 0
+
+
 class Ztunnel(msgspec.Struct, kw_only=True):
-    """The ztunnel that is connected to the agent; `instance` is random per process."""
+    """The ztunnel that accepts, and those that drain; `instance` is random per process."""
 
     connected: bool
     instance: str | None = None
     build: str | None = None
     pid: int | None = None
+    draining: list[Draining] = []
+
+
+class HandOver(msgspec.Struct, kw_only=True):
+    """POST /v1/ztunnel/hand-over: the pids of the ztunnel that drains now and of the one that accepts."""
+
+    draining: int
+    accepting: int
 
 
 class ControlPlane(msgspec.Struct, kw_only=True):
@@ -93,6 +110,8 @@ class Connection(msgspec.Struct, kw_only=True):
     bytes_sent: int = 0
     bytes_received: int = 0
     opened_unix_ms: int = 0
+    ztunnel_pid: int = 0
+    draining: bool = False
 
 
 class Connections(msgspec.Struct, kw_only=True):
@@ -112,6 +131,8 @@ class Policy(msgspec.Struct, kw_only=True):
     version: str = ""
     denied_connections: int = 0
     cut_connections: int = 0
+    matched_connections: int = 0
+    audit: bool = False
 
 
 class Policies(msgspec.Struct, kw_only=True):

@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=TIMEOUT)
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
         self._path = path
 
     def connect(self) -> None:
@@ -40,7 +40,14 @@ class AgentClient:
 
         Raises one of `undermesh.cli.errors`.
         """
-        status, body = self._fetch(path)
+        return self._ask("GET", path, form, TIMEOUT)
+
+    def post(self, path: str, form: type[T], timeout: float) -> tuple[T, object]:
+        """POST to `path`, and wait so many seconds for the answer, which is as that of `get`."""
+        return self._ask("POST", path, form, timeout)
+
+    def _ask(self, method: str, path: str, form: type[T], timeout: float) -> tuple[T, object]:
+        status, body = self._fetch(method, path, timeout)
         if status != http.HTTPStatus.OK:
             raise AgentRefused(f"the agent cannot answer {path}: {_reason(status, body)}")
         try:
@@ -53,10 +60,10 @@ class AgentClient:
                 f"({foreign(str(error))}): is it undermesh's agent, of the same version as this command?"
             ) from error
 
-    def _fetch(self, path: str) -> tuple[int, bytes]:
-        connection = _UnixConnection(self.socket)
+    def _fetch(self, method: str, path: str, timeout: float) -> tuple[int, bytes]:
+        connection = _UnixConnection(self.socket, timeout)
         try:
-            connection.request("GET", path)
+            connection.request(method, path)
             response = connection.getresponse()
             return response.status, response.read()
         except http.client.HTTPException as error:
@@ -65,11 +72,11 @@ class AgentClient:
                 "another program listens there, or the agent died while it answered; see its log"
             ) from error
         except OSError as error:
-            raise self._explain(error) from error
+            raise self._explain(error, timeout) from error
         finally:
             connection.close()
 
-    def _explain(self, error: OSError) -> AgentAbsent | AgentUnreachable:
+    def _explain(self, error: OSError, timeout: float) -> AgentAbsent | AgentUnreachable:
         where = self.socket
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             return AgentAbsent(
@@ -80,7 +87,7 @@ class AgentClient:
             return AgentUnreachable(f"permission denied on {where}: run as root, the socket is root's only")
         if isinstance(error, TimeoutError):
             return AgentUnreachable(
-                f"the agent at {where} did not answer within {TIMEOUT:.0f} s: see its log, or restart it "
+                f"the agent at {where} did not answer within {timeout:.0f} s: see its log, or restart it "
                 "(connections are not touched by that)"
             )
         if isinstance(error, ConnectionRefusedError):

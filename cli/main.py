@@ -13,6 +13,9 @@ import msgspec
 from undermesh.cli import answers, output, preflight, tables
 from undermesh.cli.client import AgentClient
 from undermesh.cli.errors import AgentAbsent, AgentRefused, AgentUnreachable, AnswerUnreadable
+from undermesh.cli.lab import lab
+from undermesh.cli.uninstall import uninstall
+from undermesh.cli.ztunnel import ztunnel
 
 DEFAULT_RUN_DIR = Path("/run/undermesh")
 
@@ -49,8 +52,8 @@ def _version() -> str:
 def main(ctx: click.Context, run_dir: Path) -> None:
     """Ask undermesh what it does on this node, and why.
 
-    Every verb but `check` needs the agent, whose socket is root's. The exit status is 0 for an answer, 1 for a
-    failed check or no answer, 2 for a wrong command line.
+    Every verb but `check`, `lab` and `uninstall` needs the agent, whose socket is root's. The exit status is 0 for
+    an answer, 1 for a failed check or no answer, 2 for a wrong command line.
     """
     ctx.obj = Context(AgentClient(run_dir))
 
@@ -149,3 +152,8 @@ def certs(context: Context, form: str) -> None:
     """The certificates of the service accounts on this node, and how long they hold."""
     now = time.time()
     _show(context, "/v1/certs", answers.Certificates, form, lambda a: tables.certificates(a.certs, now))
+
+
+main.add_command(lab)
+main.add_command(ztunnel)
+main.add_command(uninstall)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from undermesh.cli import answers
 
@@ -43,6 +44,14 @@ def node(status: answers.Status, now: float) -> Table:
         ("node", f"{status.node}, kernel {status.kernel}"),
         ("agent", f"running {span(now - status.agent.started)}, pid {status.agent.pid}, version {status.version}"),
         ("ztunnel", f"connected, {instance}" if ztunnel.connected else "NOT CONNECTED"),
+        *(
+            (
+                "older ztunnel",
+                f"drains since {span(now - old.since)}, {old.connections} connections, pid {old.pid}, "
+                f"build {old.build or '?'}",
+            )
+            for old in ztunnel.draining
+        ),
         (
             "control plane",
             f"{'connected' if control.connected else 'NOT CONNECTED'}, {control.address or 'no address'}"
@@ -77,7 +86,7 @@ def connections(found: Iterable[answers.Connection], now: float) -> Table:
     rows = [
         (
             c.direction or NOTHING,
-            c.lane or NOTHING,
+            (c.lane or NOTHING) + (f" (draining, pid {c.ztunnel_pid})" if c.draining else ""),
             _party(c.source, c.source_workload),
             c.source_identity or NOTHING,
             _party(c.destination, c.destination_service or c.destination_workload),
@@ -114,12 +123,13 @@ def policies(found: Iterable[answers.Policy]) -> Table:
             str(p.rules),
             str(p.denied_connections),
             str(p.cut_connections),
-            "dry run" if p.dry_run else "enforced",
+            str(p.matched_connections),
+            "audit" if p.audit else "dry run" if p.dry_run else "enforced",
             p.version,
         )
         for p in sorted(found, key=lambda p: p.name)
     ]
-    headings = ("POLICY", "ACTION", "SCOPE", "RULES", "REFUSED", "CUT", "MODE", "VERSION")
+    headings = ("POLICY", "ACTION", "SCOPE", "RULES", "REFUSED", "CUT", "MATCHED", "MODE", "VERSION")
     return Table(headings, rows, "no policies: every connection is allowed")
 
 
@@ -160,6 +170,41 @@ def date(unix: int) -> str:
         return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     except (OverflowError, ValueError, OSError):
         return str(unix)
+
+
+def lab(status: dict[str, Any], now: float) -> Table:
+    """One lab as a whole; `now` in Unix seconds."""
+    version = {None: "unknown", "": "not installed"}.get(status["mesh"], status["mesh"])
+    rows = [
+        ("lab", f"{status['name']}, up {span(now - status['started'])}, all names begin with {status['prefix']}"),
+        ("API server", f"NOT CONNECTED: {status['api']}" if status["api"] else "answers"),
+        ("undermesh", version),
+        ("logs", status["logs"]),
+    ]
+    return Table(("PART", "STATE"), rows, "no answer")
+
+
+def lab_nodes(status: dict[str, Any]) -> Table:
+    """A lab's nodes."""
+    words = {True: "Ready", False: "NOT CONNECTED", None: "unknown"}
+    rows = [(node["name"], node["address"], words[node["ready"]]) for node in status["nodes"]]
+    return Table(("NODE", "ADDRESS", "STATE"), rows, "no nodes")
+
+
+def lab_components(status: dict[str, Any], now: float) -> Table:
+    """The processes that a lab keeps running."""
+    rows = [
+        (
+            part["name"],
+            part["state"],
+            str(part["pid"] or NOTHING),
+            span(now - part["started"]) if part["pid"] else NOTHING,
+            str(part["restarts"]),
+            part["last_exit"] or NOTHING,
+        )
+        for part in status["components"]
+    ]
+    return Table(("COMPONENT", "STATE", "PID", "UP", "RESTARTS", "LAST EXIT"), rows, "no components")
 
 
 def span(seconds: float) -> str:

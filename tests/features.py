@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from undermesh.agent.features import MINIMUM_KERNEL, kernel_version
+from undermesh.lab import cgroups
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class Feature:
         minimum: the first kernel that has it.
         option: the configuration option that may leave it out, None if nothing can.
         present: whether the running kernel has it; raises OSError where that cannot be told.
+        given_away: why the machine's set-up keeps it from us though the kernel has it; empty: it does not.
     """
 
     name: str
     minimum: tuple[int, int]
     option: str | None
     present: Callable[[], bool]
+    given_away: Callable[[], str] = str
 
 
 def _mptcp() -> bool:
@@ -54,8 +57,21 @@ def _nf_tables() -> bool:
     return _configured("CONFIG_NFT_NAT") and _configured("CONFIG_NFT_MASQ")
 
 
+def _cgroup2_memory() -> bool:
+    return "memory" in (cgroups.mount_point() / "cgroup.controllers").read_text().split()
+
+
+def _memory_in_version_1() -> str:
+    rows = (line.split() for line in Path("/proc/cgroups").read_text().splitlines())
+    hierarchy = next((row[1] for row in rows if row[0] == "memory"), "0")
+    return f"it is in hierarchy {hierarchy} of version 1" if hierarchy != "0" else ""
+
+
 MPTCP = Feature("MPTCP", (5, 6), "CONFIG_MPTCP", _mptcp)
 NFT_NAT = Feature("NAT with nf_tables", (5, 2), "CONFIG_NFT_NAT", _nf_tables)
+CGROUP2_MEMORY = Feature(
+    "the memory controller in cgroup2", (4, 5), "CONFIG_MEMCG", _cgroup2_memory, _memory_in_version_1
+)
 KERNEL_BTF = Feature("BTF of the kernel", (5, 4), "CONFIG_DEBUG_INFO_BTF", Path("/sys/kernel/btf/vmlinux").exists)
 
 
@@ -70,6 +86,8 @@ def needs(feature: Feature) -> None:
         pytest.skip(f"the kernel lacks {feature.name}: {running} runs, it came with {feature.minimum}")
     if feature.option is not None and not _configured(feature.option):
         pytest.skip(f"the kernel lacks {feature.name}: it was built without {feature.option}")
+    if given_away := feature.given_away():
+        pytest.skip(f"this machine lacks {feature.name}: {given_away}")
     pytest.fail(f"{feature.name} is missing, although kernel {running} is new enough and was built with it")
 
 

@@ -46,6 +46,10 @@ class ListenerSlot(IntEnum):
     def is_v6(self) -> bool:
         return self >= ListenerSlot.OUTBOUND_V6
 
+    @property
+    def is_hbone(self) -> bool:
+        return self in (ListenerSlot.HBONE_V4, ListenerSlot.HBONE_V6)
+
 
 class Counter(IntEnum):
     """enum counter."""
@@ -156,12 +160,11 @@ class ProbePort:
 class Node:
     """struct node."""
 
-    FORMAT: ClassVar = struct.Struct("=QII")
+    FORMAT: ClassVar = struct.Struct("=QQ")
     netns_cookie: int
-    pods_level: int
 
     def pack(self) -> bytes:
-        return self.FORMAT.pack(self.netns_cookie, self.pods_level, 0)
+        return self.FORMAT.pack(self.netns_cookie, 0)
 
 
 def u32(value: int) -> bytes:

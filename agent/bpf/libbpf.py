@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import errno
 import os
 import struct
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ _STR = ctypes.c_char_p
 
 # How much of a verifier log an error shows; the whole log stays on the exception.
 _LOG_LINES_SHOWN: Final = 6
+_BATCH: Final = 1024
 _LOG_INFO: Final = 1  # enum libbpf_print_level; what lies above is for who debugs libbpf
 
 
@@ -103,6 +105,7 @@ class _Lib:
             "bpf_map_lookup_elem": (_INT, [_INT, _P, _P]),
             "bpf_map_delete_elem": (_INT, [_INT, _P]),
             "bpf_map_get_next_key": (_INT, [_INT, _P, _P]),
+            "bpf_map_lookup_batch": (_INT, [_INT, _P, _P, _P, _P, ctypes.POINTER(_U32), _P]),
             "libbpf_set_print": (_P, [_P]),
             "libbpf_num_possible_cpus": (_INT, []),
             "bpf_prog_test_run_opts": (_INT, [_INT, _P]),
@@ -192,11 +195,35 @@ class Map:
             yield following.raw
             previous = following
 
-    def items(self) -> Iterator[tuple[bytes, bytes]]:
-        for key in list(self):
-            value = self.lookup(key)
-            if value is not None:
-                yield key, value
+    def entries(self) -> dict[bytes, bytes]:
+        """A hash map's entries, in few calls; those that come and go meanwhile may be missing.
+
+        Raises:
+            BpfError: the map is no hash map.
+        """
+        found: dict[bytes, bytes] = {}
+        size = _BATCH
+        position: ctypes.Array[ctypes.c_char] | None = None
+        while True:
+            following = ctypes.create_string_buffer(max(4, self.key_size))
+            keys, values = (ctypes.create_string_buffer(size * each) for each in (self.key_size, self.value_size))
+            count = _U32(size)
+            result = _lib().c.bpf_map_lookup_batch(
+                self.fd, position, following, keys, values, ctypes.byref(count), None
+            )
+            code = ctypes.get_errno() if result == -1 else -result
+            if code == errno.ENOSPC:  # more in one bucket of the map than there was room for
+                size *= 2
+                continue
+            if code not in (0, errno.ENOENT):
+                raise BpfError(f"map {self.name}: cannot be read", code)
+            found_keys, found_values = keys.raw, values.raw
+            for i in range(count.value):
+                key = found_keys[i * self.key_size : (i + 1) * self.key_size]
+                found[key] = found_values[i * self.value_size : (i + 1) * self.value_size]
+            if code == errno.ENOENT:
+                return found
+            position = following
 
     def pin(self, path: Path) -> None:
         obj_pin(self.fd, path)

@@ -14,12 +14,13 @@ from undermesh.agent.bpf.layout import ListenerSlot
 
 @dataclass
 class Steering:
-    """One pod's program, listener slots and link."""
+    """One pod's program (an FD), listener slots and link."""
 
     pins: Path
     pod_id: int
-    object: libbpf.Object
+    program: int
     listeners: libbpf.Map
+    attached: int = 0  # id of the program that was last found to be ours
 
     def set_listener(self, slot: ListenerSlot, socket_fd: int) -> None:
         """Puts a listening socket into its slot; it leaves by itself when the socket is closed."""
@@ -33,21 +34,23 @@ class Steering:
     def attach(self, netns_fd: int) -> bool:
         """Makes the link exist, in this namespace and with our program; returns whether it had to be made."""
         path = self.pins / "link"
-        program_fd = self.object.program_fd("um_lookup")
         if path.exists():
             link = libbpf.obj_get(path)
             try:
                 info = libbpf.LinkInfo(link)
                 if info.target == os.fstat(netns_fd).st_ino:
-                    if libbpf.program_tag_by_id(info.program_id) == libbpf.program_tag(program_fd):
+                    if info.program_id == self.attached:
                         return False
-                    libbpf.link_update(link, program_fd, f"steering of pod {self.pod_id}")
+                    if libbpf.program_tag_by_id(info.program_id) == libbpf.program_tag(self.program):
+                        self.attached = info.program_id
+                        return False
+                    libbpf.link_update(link, self.program, f"steering of pod {self.pod_id}")
                     return True
             finally:
                 os.close(link)
             path.unlink()
         link = libbpf.link_create(
-            program_fd, netns_fd, libbpf.AttachType.SK_LOOKUP, f"steering to the netns of pod {self.pod_id}"
+            self.program, netns_fd, libbpf.AttachType.SK_LOOKUP, f"steering to the netns of pod {self.pod_id}"
         )
         try:
             libbpf.obj_pin(link, path)
@@ -58,7 +61,7 @@ class Steering:
     def close(self) -> None:
         """Gives up our FDs; the pinned objects stay."""
         self.listeners.close()
-        self.object.close()
+        os.close(self.program)
 
 
 def load(objects: Path, pins: Path, pod_id: int, shared: Mapping[str, libbpf.Map], replace: bool = False) -> Steering:
@@ -73,8 +76,8 @@ def load(objects: Path, pins: Path, pod_id: int, shared: Mapping[str, libbpf.Map
     Raises:
         BpfError: the kernel refused the program.
     """
-    steering = libbpf.Object(objects / "lookup.bpf.o")
-    try:
+    # Only the program and its map stay open: the object's memory and FDs would be held once for each pod.
+    with libbpf.Object(objects / "lookup.bpf.o") as steering:
         pins.mkdir(parents=True, exist_ok=True)
         steering.set_constants(layout.u32(pod_id))
         for name, held in shared.items():
@@ -88,12 +91,13 @@ def load(objects: Path, pins: Path, pod_id: int, shared: Mapping[str, libbpf.Map
             pinned.close()
         steering.load()
         listeners = steering.map("listeners")
-        if not path.exists():
-            listeners.pin(path)
-    except BaseException:
-        steering.close()
-        raise
-    return Steering(pins, pod_id, steering, listeners)
+        try:
+            if not path.exists():
+                listeners.pin(path)
+            return Steering(pins, pod_id, os.dup(steering.program_fd("um_lookup")), listeners)
+        except BaseException:
+            listeners.close()
+            raise
 
 
 def remove(pins: Path) -> None:

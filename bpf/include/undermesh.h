@@ -59,11 +59,13 @@ struct probe_port {
 	__u32 port;
 };
 
+/* How deep the cgroups of map `pod_cgroups` may lie; the cgroup root is level 0. */
+#define MAX_PODS_LEVEL 8
+
 /* Value of map `node` (one entry, key 0). */
 struct node {
 	__u64 netns_cookie; /* of the node's own netns: where the kubelet runs */
-	__u32 pods_level;   /* depth of the cgroups in map `pod_cgroups`, 0: the cgroup root */
-	__u32 reserved;
+	__u64 reserved;
 };
 
 /* Slots of a pod's `listeners` map; proto/node.proto numbers them alike. */

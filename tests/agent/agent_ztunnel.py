@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from undermesh.agent.frames import FrameChannel
 from undermesh.proto import node_pb2 as wire
@@ -39,13 +40,15 @@ class Ztunnel:
         version: int = 1,
         resources: Sequence[wire.ResourceVersion] = (),
         held: Sequence[tuple[wire.HeldPod, Sequence[int]]] = (),
+        instance: str = "one",
+        **hello: Any,
     ) -> Ztunnel:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, str(path))
         ztunnel = cls(FrameChannel(sock))
-        hello = wire.ZtunnelHello(version=version, instance="one", build="test", resources=resources)
-        await ztunnel.say(wire.ZtunnelFrame(hello=hello))
+        first = wire.ZtunnelHello(version=version, instance=instance, build="test", resources=resources, **hello)
+        await ztunnel.say(wire.ZtunnelFrame(hello=first))
         for pod, fds in held:
             await ztunnel.say(wire.ZtunnelFrame(held_pod=pod, fds=len(fds)), fds)
         await ztunnel.say(wire.ZtunnelFrame(hello_end=wire.HelloEnd()))

@@ -111,3 +111,25 @@ def test_a_duplicate_is_the_same_socket_and_another_one_is_not(namespace: Netns)
         assert listeners.socket_cookie(duplicate) == listeners.socket_cookie(first)
     assert listeners.socket_cookie(first) != listeners.socket_cookie(second)
     close(made)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("slot", [slot for slot in ListenerSlot if not slot.is_v6])
+def test_a_connection_towards_an_app_that_is_lost_right_after_its_accept_is_reset(
+    namespace: Netns, slot: ListenerSlot
+) -> None:
+    def accept_and_lose() -> bytes:
+        made = listeners.make([slot])
+        try:
+            made[slot].setblocking(True)
+            with socket.create_connection(made[slot].getsockname(), timeout=5) as client:
+                made[slot].accept()[0].close()
+                return client.recv(1)
+        finally:
+            close(made)
+
+    if slot.is_hbone:
+        assert netns.run_in(namespace.fd, accept_and_lose) == b""
+    else:
+        with pytest.raises(ConnectionResetError):
+            netns.run_in(namespace.fd, accept_and_lose)

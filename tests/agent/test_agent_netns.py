@@ -71,10 +71,30 @@ async def test_the_event_loop_goes_on_meanwhile(other: Netns) -> None:
         assert may_end.wait(5)
         return here()
 
-    task = asyncio.create_task(netns.run_in_async(other.fd, work))
+    running = loop.run_in_executor(netns.threads(), netns.run_in, other.fd, work)
     await asyncio.wait_for(entered.wait(), 5)
     may_end.set()
-    assert await task == other.inode
+    assert await running == other.inode
+
+
+@pytest.mark.root
+def test_threads_that_stay_come_home_from_wherever_they_were(other: Netns) -> None:
+    """Also from a namespace within a namespace, and when the work fails."""
+    another = Netns()
+
+    def nested() -> list[int]:
+        return [here(), netns.run_in(another.fd, here), here()]
+
+    def failing() -> None:
+        raise KeyError("mine")
+
+    pool, home = netns.threads(), here()
+    for _ in range(32):
+        assert pool.submit(netns.run_in, other.fd, nested).result() == [other.inode, another.inode, other.inode]
+        with pytest.raises(KeyError, match="mine"):
+            pool.submit(netns.run_in, other.fd, failing).result()
+        assert pool.submit(here).result() == home
+    another.close()
 
 
 def test_an_fd_that_is_no_namespace_is_an_error_that_says_so(tmp_path: Path) -> None:

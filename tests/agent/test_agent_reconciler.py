@@ -11,19 +11,21 @@ from typing import Any
 import msgspec
 import pytest
 from agent_bench import LinkBench, Publisher, until
-from capture.harness import OBJECTS, Node, Pod
+from capture.harness import OBJECTS, Node, Pod, addresses_of
 from capture.remote import RemoteProcess
 from capture.topology import V4, Netns
 
-from undermesh.agent.bpf.layout import EnrolmentFlags, ListenerSlot
+from undermesh.agent import reconciler
+from undermesh.agent.bpf.layout import EnrolmentFlags, ListenerSlot, ProbePort
+from undermesh.agent.cni_server import Sandbox
 from undermesh.agent.listeners import socket_cookie
 from undermesh.agent.pod_kernel import KernelContext
 from undermesh.agent.pod_record import PodRecords
-from undermesh.agent.pod_worker import State
-from undermesh.agent.reconciler import PodView, Reconciler
+from undermesh.agent.pod_worker import PodFacts, State
+from undermesh.agent.reconciler import Observation, PodView, Reconciler
 from undermesh.agent.settings import Settings
 from undermesh.api import core
-from undermesh.api.enrolment import MESH_LABEL
+from undermesh.api.enrolment import MESH_LABEL, SYSTEM_NAMESPACE, UNINSTALL_ANNOTATION
 from undermesh.api.objects import Objects
 from undermesh.api.source_option import SourceOption
 from undermesh.proto import node_pb2 as wire
@@ -77,6 +79,7 @@ class Bench:
         self.certificates = Certificates()
         self.pods: dict[str, core.Pod] = {}
         self.made: list[Pod] = []
+        self.uninstalling = False
         self.reconciler = self._make()
 
     def _make(self) -> Reconciler:
@@ -105,7 +108,7 @@ class Bench:
             self.links.link,
             self.publisher,
             self.certificates,
-            lambda: Objects.of([*self.pods.values(), msgspec.convert({"metadata": {"name": "shop"}}, core.Namespace)]),
+            lambda: Objects.of([*self.pods.values(), *self.namespaces()]),
         )
         self.links.on_held = made.on_held
         self.links.on_ready = made.wake_pods
@@ -118,6 +121,11 @@ class Bench:
         assert pod.app.pid
         self.label(pod, enrolled)
         return pod
+
+    def namespaces(self) -> list[core.Namespace]:
+        annotations = {UNINSTALL_ANNOTATION: "2026-01-01T00:00:00Z"} if self.uninstalling else {}
+        metadata: list[dict[str, Any]] = [{"name": "shop"}, {"name": SYSTEM_NAMESPACE, "annotations": annotations}]
+        return [msgspec.convert({"metadata": one}, core.Namespace) for one in metadata]
 
     def label(self, pod: Pod, enrolled: bool, **status: Any) -> None:
         self.pods[pod.uid] = msgspec.convert(
@@ -151,6 +159,12 @@ class Bench:
                 await self.reconciler.reconcile()
                 await asyncio.sleep(0.05)
 
+    def end(self, pod: Pod) -> None:
+        """The pod's process ends."""
+        pod.app.end()
+        self.node._workers.remove(pod.app)
+        pod._app = None
+
     async def restart(self) -> None:
         """The agent's process ends; another one starts over what is left."""
         await self.reconciler.stop()
@@ -158,6 +172,9 @@ class Bench:
         self.reconciler.take_kept_listeners()
 
     async def close(self) -> None:
+        for pod in self.made:
+            if pod._app is not None:
+                self.end(pod)
         self.pods.clear()
         await self.reconciler.reconcile()
         await self.reconciler.stop()
@@ -240,7 +257,9 @@ async def test_a_pod_on_the_nodes_own_namespace_is_left_alone(bench: Bench) -> N
 
 
 @pytest.mark.parametrize("how", ["its object is gone", "it has finished", "its namespace was replaced"])
-async def test_what_is_left_of_a_pod_that_is_gone_is_taken_out(bench: Bench, how: str) -> None:
+async def test_what_is_left_of_a_pod_that_is_gone_is_taken_out(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     await bench.ready()
     pod = bench.pod()
     await bench.settle(pod, State.ENROLLED)
@@ -248,17 +267,19 @@ async def test_what_is_left_of_a_pod_that_is_gone_is_taken_out(bench: Bench, how
     assert worker is not None
     cookie = worker.kernel.cookie
     if how == "its object is gone":
+        bench.end(pod)
         del bench.pods[pod.uid]
     elif how == "it has finished":
         bench.label(pod, enrolled=True, phase="Succeeded")
     else:
-        pod.app.end()
-        bench.node._workers.remove(pod.app)
+        bench.end(pod)
         other = Netns()
         other.ip(*(f"addr add {ip} dev lo" for ip in pod.addresses.values()))
         pod._app = bench.node.worker(other, pod.cgroup)
     enrolled = bench.node.capture.maps["enrolled"]
-    for _ in range(40):  # /proc is read in one pass of several
+    monkeypatch.setattr(reconciler, "SCAN_INTERVAL_S", 0.0)
+    bench.reconciler._scan_due = 0.0
+    for _ in range(3):  # two scans in a row must agree
         await bench.reconciler.reconcile()
         if enrolled.lookup(cookie.to_bytes(8, "little")) is None:
             break
@@ -269,9 +290,64 @@ async def test_what_is_left_of_a_pod_that_is_gone_is_taken_out(bench: Bench, how
         await bench.settle(pod, State.ENROLLED)
         again = bench.view(pod).worker
         assert again is not None and again.kernel.record.netns_inode == other.inode
+        bench.end(pod)
         del bench.pods[pod.uid]
         await bench.reconciler.reconcile()
         other.close()
+
+
+async def test_a_pod_whose_object_went_first_stays_captured_until_its_processes_end(bench: Bench) -> None:
+    """As with kubectl delete --force; a new agent process finds it so, too."""
+    await bench.ready()
+    pod = bench.pod()
+    await bench.settle(pod, State.ENROLLED)
+    del bench.pods[pod.uid]
+    for _ in range(3):
+        await bench.reconciler.reconcile()
+        assert bench.flags(pod) == WHOLE
+    await bench.restart()
+    for _ in range(3):
+        await bench.reconciler.reconcile()
+        assert bench.flags(pod) == WHOLE
+    bench.end(pod)
+    await bench.reconciler.reconcile()
+    assert bench.flags(pod) == EnrolmentFlags(0)
+
+
+async def test_an_uninstall_does_not_wait_for_a_pod_whose_object_went_first(bench: Bench) -> None:
+    await bench.ready()
+    pod = bench.pod()
+    await bench.settle(pod, State.ENROLLED)
+    del bench.pods[pod.uid]
+    bench.uninstalling = True
+    await bench.reconciler.reconcile()
+    assert bench.flags(pod) == EnrolmentFlags(0)
+
+
+@pytest.mark.parametrize(
+    ("uid", "container_id", "lets_go"),
+    [
+        ("", "c1", True),
+        ("own", "c1", True),
+        ("own", "an earlier sandbox", False),
+        ("another pod of this name", "c1", False),
+    ],
+)
+async def test_the_end_of_another_sandbox_leaves_the_pod_captured(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, uid: str, container_id: str, lets_go: bool
+) -> None:
+    await bench.ready()
+    pod = bench.pod()
+    key = bench.pods[pod.uid].metadata.key
+    await bench.reconciler.cni_add(Sandbox(key, pod.uid, "c1"), pod.netns.fd, tuple(addresses_of(pod.addresses)))
+    await bench.reconciler.cni_delete(Sandbox(key, pod.uid if uid == "own" else uid, container_id))
+    assert bench.flags(pod) == (EnrolmentFlags(0) if lets_go else WHOLE)
+    # Its last processes may end after that; those that live on are found again.
+    for _ in range(3):
+        await bench.reconciler.reconcile()
+    assert bench.flags(pod) == (EnrolmentFlags(0) if lets_go else WHOLE)
+    monkeypatch.setattr(reconciler, "_LAST_PROCESSES_S", 0.0)
+    await bench.settle(pod, State.ENROLLED)
 
 
 async def test_a_new_agent_takes_over_pods_and_listeners_and_changes_nothing(bench: Bench) -> None:
@@ -319,6 +395,7 @@ async def test_pods_that_went_while_the_agent_was_away_are_cleaned_up(bench: Ben
     pod = bench.pod()
     await bench.settle(pod, State.ENROLLED)
     await bench.restart()
+    bench.end(pod)
     del bench.pods[pod.uid]
     await bench.reconciler.reconcile()
     assert not (bench.node.pins / "pods" / pod.uid).exists()
@@ -354,3 +431,43 @@ async def test_pod_ids_are_never_those_of_others(bench: Bench) -> None:
     workers = [bench.view(pod).worker for pod in pods]
     ids = {worker.kernel.record.pod_id for worker in workers if worker is not None}
     assert len(ids) == 3 and 0 not in ids
+
+
+async def test_a_pod_that_the_cni_plugin_brings_during_a_pass_stays_captured(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass read the objects before the pod was there: that must not count as a pod that is gone."""
+    await bench.ready()
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    scan = bench.reconciler._scan
+
+    async def slow(wishes: Mapping[str, PodFacts]) -> dict[str, Observation]:
+        begun.set()
+        await go_on.wait()
+        return await scan(wishes)
+
+    monkeypatch.setattr(bench.reconciler, "_scan", slow)
+    reconciling = asyncio.create_task(bench.reconciler.reconcile())
+    await begun.wait()
+    pod = bench.pod()
+    key = bench.pods[pod.uid].metadata.key
+    await bench.reconciler.cni_add(Sandbox(key, pod.uid, "c1"), pod.netns.fd, tuple(addresses_of(pod.addresses)))
+    steered = bench.flags(pod)
+    go_on.set()
+    await reconciling
+    assert bench.flags(pod) == steered == WHOLE
+    worker = bench.view(pod).worker
+    assert worker is not None and worker.facts.addresses
+
+
+async def test_the_probes_of_a_pod_that_the_cni_plugin_brings_meet_its_app_from_the_first_on(bench: Bench) -> None:
+    """No pass comes between the plugin's answer and the kubelet's first probe: ztunnel would answer that one."""
+    await bench.ready()
+    pod = bench.pod()
+    probed = {"name": "app", "readinessProbe": {"tcpSocket": {"port": 8081}}}
+    spec = {"nodeName": NODE, "serviceAccountName": "cart", "containers": [probed]}
+    bench.pods[pod.uid] = msgspec.structs.replace(bench.pods[pod.uid], spec=msgspec.convert(spec, core.PodSpec))
+    key, addresses = bench.pods[pod.uid].metadata.key, tuple(addresses_of(pod.addresses))
+    await bench.reconciler.cni_add(Sandbox(key, pod.uid, "c1"), pod.netns.fd, addresses)
+    held = bench.node.capture.maps["probe_ports"].entries()
+    assert {ProbePort.unpack(entry) for entry in held} == {ProbePort(address, 8081) for address in addresses}

@@ -11,7 +11,6 @@ import pytest
 from capture.topology import Netns
 from hypothesis import given
 from hypothesis import strategies as st
-from pyroute2 import IPRoute
 
 from undermesh.agent import netns, routing
 from undermesh.agent.routing import (
@@ -28,6 +27,7 @@ from undermesh.agent.routing import (
     plan_present,
     wanted_rules,
 )
+from undermesh.agent.rtnetlink import RouteSocket
 from undermesh.gen import marks
 
 KERNELS_RULES = (Rule(0, 0, 255), Rule(32766, 0, 254), Rule(32767, 0, 253))
@@ -61,7 +61,7 @@ def after(state: FamilyState, steps: Steps) -> FamilyState:
 def test_a_fresh_namespace_gets_rules_ahead_of_all_and_a_route_for_every_device() -> None:
     steps = plan_present(fresh(), [POD4, POD6])
     assert steps.add_routes == (Route(LO_INDEX, POD4, LO_METRIC), Route(2, POD4, DEVICE_METRIC + 2))
-    assert [rule.priority for rule in steps.add_rules] == [1, 2, 3, 4, 8]
+    assert [rule.priority for rule in steps.add_rules] == list(range(1, 9))
     assert steps.delete_rules == (Rule(0, 0, 255),)
     assert steps.table == 1338
 
@@ -213,10 +213,12 @@ def test_what_the_kernel_refuses_is_an_error_that_names_it(namespace: Netns) -> 
     gone = Steps(add_routes=(Route(77, None, 97),), table=1338)
 
     def work() -> None:
-        with IPRoute() as netlink:
+        with RouteSocket() as netlink:
             routing.apply(netlink, socket.AF_INET, gone)
 
-    with pytest.raises(RoutingError, match=r"refused to add \(.*oif 77.*\): Invalid argument; it is tried again"):
+    with pytest.raises(
+        RoutingError, match=r"refused to add Route.*ifindex=77.* in table 1338: No such device; it is tried again"
+    ):
         netns.run_in(namespace.fd, work)
 
 
@@ -232,14 +234,19 @@ def test_what_is_applied_is_what_is_read_back(namespace: Netns, family: int) -> 
     )
 
     def work() -> tuple[FamilyState, FamilyState, FamilyState]:
-        with IPRoute() as netlink:
-            before = routing.read(netlink, family)
+        with RouteSocket() as netlink:
+            before = routing.read(netlink).states()[family]
             routing.apply(netlink, family, plan_present(before, [POD4, POD6]))
-            present = routing.read(netlink, family)
+            present = routing.read(netlink).states()[family]
+            namespace.ip(*(f"route add local {all_} dev lo table 1338 metric 7 proto boot" for all_ in ("0/0", "::/0")))
+            routing.apply(netlink, family, plan_present(routing.read(netlink).states()[family], [POD4, POD6]))
+            assert routing.read(netlink).states()[family] == present, "a route of somebody else stays in our table"
             routing.apply(netlink, family, plan_absent(present))
-            return before, present, routing.read(netlink, family)
+            return before, present, routing.read(netlink).states()[family]
 
+    rules = namespace.run("ip", "-details", "rule")
     before, present, absent = netns.run_in(namespace.fd, work)
+    assert namespace.run("ip", "-details", "rule") == rules, "the kernel's own rule is not back as it was"
     assert not plan_present(present, [POD4, POD6])
     assert present.table == 1338
     assert absent == before
@@ -247,14 +254,26 @@ def test_what_is_applied_is_what_is_read_back(namespace: Netns, family: int) -> 
 
 @pytest.mark.root
 @pytest.mark.parametrize(
-    "selector", ["iif lo", "oif lo", "ipproto 6", "sport 80", "dport 80", "uidrange 0-0", "from 10.0.0.0/8"]
+    "selector",
+    [
+        "iif lo",
+        "oif lo",
+        "ipproto 6",
+        "sport 80",
+        "dport 80",
+        "uidrange 0-0",
+        "from 10.0.0.0/8",
+        "tos 8",
+        "not",
+        "suppress_prefixlength 0",
+    ],
 )
 def test_a_rule_that_selects_by_more_than_the_mark_is_not_taken_for_ours(namespace: Netns, selector: str) -> None:
     namespace.run("ip", "rule", "add", "pref", "1", "fwmark", hex(marks.CAPTURE), *selector.split(), "lookup", "1338")
 
     def work() -> None:
-        with IPRoute() as netlink:
-            plan_present(routing.read(netlink, socket.AF_INET), [POD4])
+        with RouteSocket() as netlink:
+            plan_present(routing.read(netlink).states()[socket.AF_INET], [POD4])
 
     with pytest.raises(RoutingError, match="preference 1, ahead of"):
         netns.run_in(namespace.fd, work)
@@ -269,12 +288,14 @@ def test_a_table_of_somebody_else_is_never_taken_for_ours(rule: Rule) -> None:
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
 def test_a_device_that_is_down_hinders_nothing_and_counts_once_it_is_up(namespace: Netns, family: int) -> None:
     """Tunnel modules leave one in every namespace: tunl0, sit0, ip6tnl0."""
-    namespace.ip("link add down0 type veth peer name down0p", "addr add 10.0.0.5/24 dev lo", "addr add fd00::5 dev lo")
+    namespace.ip(
+        "link add down0 type veth peer name down0p", "addr add 10.0.0.5/24 dev lo", "addr add fd00::5 dev lo nodad"
+    )
 
     def work() -> FamilyState:
-        with IPRoute() as netlink:
-            routing.apply(netlink, family, plan_present(routing.read(netlink, family), [POD4, POD6]))
-            return routing.read(netlink, family)
+        with RouteSocket() as netlink:
+            routing.apply(netlink, family, plan_present(routing.read(netlink).states()[family], [POD4, POD6]))
+            return routing.read(netlink).states()[family]
 
     before = netns.run_in(namespace.fd, work)
     assert {route.ifindex for route in before.routes} == {LO_INDEX}

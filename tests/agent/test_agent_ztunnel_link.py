@@ -192,7 +192,7 @@ async def test_resources_wait_for_a_ztunnel_however_long_and_come_with_its_snaps
     assert [r.name for r in ztunnel.frames[-1].resources.removals] == ["a"]
 
 
-async def test_a_new_ztunnel_takes_the_place_of_the_old_one_and_gets_everything(bench: Bench) -> None:
+async def test_a_ztunnel_that_connects_anew_takes_its_own_place_and_gets_everything(bench: Bench) -> None:
     old = await bench.connected()
     await bench.link.add_pod(served())
     await bench.link.set_certificate(wire.Certificate(identity="spiffe://a"))

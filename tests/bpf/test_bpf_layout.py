@@ -24,7 +24,7 @@ STRUCTS = [
     ("pod", layout.Pod, {"uid": 0, "netns_cookie": 40, "netns_inode": 48}),
     ("pod_device", layout.PodDevice, {"pod": 0, "ifindex": 4}),
     ("probe_port", layout.ProbePort, {"address": 0, "port": 16}),
-    ("node", layout.Node, {"netns_cookie": 0, "pods_level": 8, "reserved": 12}),
+    ("node", layout.Node, {"netns_cookie": 0, "reserved": 8}),
 ]
 ENUMS: list[tuple[str, type[IntEnum] | type[layout.EnrolmentFlags], str]] = [
     ("enrolment_flags", layout.EnrolmentFlags, "ENROL_"),
@@ -90,9 +90,9 @@ def test_the_wire_numbers_the_listeners_like_the_slots() -> None:
 
 
 def test_the_marks_are_one_range_without_gaps() -> None:
-    """capture.bpf.c takes every mark from BYPASS to DELIVERY for ours."""
+    """capture.bpf.c takes every mark from BYPASS to ANSWER for ours."""
     values = sorted(marks.ALL.values())
-    assert values == list(range(marks.BYPASS, marks.DELIVERY + 1))
+    assert values == list(range(marks.BYPASS, marks.ANSWER + 1))
 
 
 @pytest.mark.parametrize(

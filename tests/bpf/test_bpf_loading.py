@@ -286,3 +286,20 @@ def test_the_steering_of_a_dead_namespace_can_be_removed(node: Node, pod: Pod) -
     pod_steering.remove(pins)
     assert not pins.exists()
     pod_steering.remove(pins)
+
+
+# === reading maps ===
+
+
+@pytest.mark.parametrize("batch", [1, 64, 4096])
+def test_a_hash_map_is_read_whole_whatever_the_size_of_a_batch(
+    node: Node, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    """A batch of one is too small for a bucket with two keys: it grows."""
+    monkeypatch.setattr(libbpf, "_BATCH", batch)
+    held = node.capture.maps["pods"]
+    assert held.entries() == {}
+    wanted = {layout.u32(i): layout.Pod(f"uid-{i}", i, i).pack() for i in range(600)}
+    for key, value in wanted.items():
+        held.update(key, value)
+    assert held.entries() == wanted

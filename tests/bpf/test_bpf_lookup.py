@@ -90,9 +90,7 @@ class Bench:
             else:
                 self.steering.set_listener(slot, sock.fileno())
         try:
-            result, after = libbpf.test_run(
-                self.steering.object.program_fd("um_lookup"), context(case, version, remote, local)
-            )
+            result, after = libbpf.test_run(self.steering.program, context(case, version, remote, local))
         finally:
             for name in case.known_as:
                 self.maps[name].delete(flow.pack())
@@ -174,7 +172,7 @@ def test_every_case_has_its_own_name() -> None:
 
 def test_the_context_is_as_long_as_the_kernels(bench: Bench, tmp_path: Path) -> None:
     """A longer one is taken only if the rest is zero: so CONTEXT must not be shorter than struct bpf_sk_lookup."""
-    program = bench.steering.object.program_fd("um_lookup")
+    program = bench.steering.program
     whole = context(CASES[0], 4, *ADDRESSES[4][:2])
     assert CONTEXT.size == 72
     assert libbpf.test_run(program, whole + bytes(8))[0] == libbpf.test_run(program, whole)[0]

@@ -14,7 +14,7 @@ from undermesh.gen import marks
 pytestmark = pytest.mark.root
 
 MARK = (socket.SOL_SOCKET, socket.SO_MARK)
-EVERY = {**marks.ALL, "before ours": marks.BYPASS - 1, "after ours": marks.DELIVERY + 1, "none": 0, "an app's": 7}
+EVERY = {**marks.ALL, "before ours": marks.BYPASS - 1, "after ours": marks.ANSWER + 1, "none": 0, "an app's": 7}
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,7 @@ def test_trust_ends_with_the_process_and_starts_with_the_next(
     node.kernel.ztunnel_pids.discard(first.pid)
     node.kernel.trust_ztunnel(second.pid)
     second.socket(socket.AF_INET).setsockopt(*MARK, marks.BYPASS)
+    node.ensure()
     with pytest.raises(PermissionError):
         first.socket(socket.AF_INET).setsockopt(*MARK, marks.BYPASS)
 

@@ -81,15 +81,16 @@ class Node:
         undo.callback(self.network.close)
         self.capture = node_capture.load(OBJECTS, self.pins, self.root)
         undo.callback(self.capture.remove)
-        self.kernel = NodeKernel(self.capture, self.mount)
+        self.kernel = NodeKernel(self.capture, cgroups.open_tree(self.root))
+        self.kernel._began -= 3600.0  # every ztunnel that is to come has come
         self.context = KernelContext(OBJECTS, self.capture, PodRecords(Path(run_dir)), NoStore())
         self.ensure()
 
     def ensure(self, *probed: tuple[Pod, int]) -> None:
         """What the agent does every few seconds for the node, in the node's own namespace."""
-        wanted = probe_ports(
-            (pod.kernel.record.pod_id, tuple(addresses_of(pod.addresses)), frozenset({port})) for pod, port in probed
-        )
+        wanted: dict[bytes, bytes] = {}
+        for pod, port in probed:
+            wanted |= probe_ports(pod.kernel.record.pod_id, tuple(addresses_of(pod.addresses)), frozenset({port}))
         netns.run_in(self.network.node.fd, lambda: self.kernel.ensure(wanted))
 
     def pod(self, bridged: bool = False, device: str = "eth0", ipv6: bool = True) -> Pod:
@@ -159,13 +160,11 @@ class Pod:
 
     def prepare(self) -> None:
         """Routing and listeners, which steer nothing yet."""
-        self.kernel.ensure_routing(addresses_of(self.addresses))
-        self.kernel.ensure_listeners(())
+        self.kernel.look(addresses_of(self.addresses), ())
 
     def mend(self) -> list[str]:
         """One iteration of the agent over an enrolled pod; what it had to mend."""
-        mended = self.kernel.ensure_routing(addresses_of(self.addresses))
-        mended += self.kernel.ensure_listeners(())
+        _, mended = self.kernel.look(addresses_of(self.addresses), ())
         mended += self.kernel.ensure_inbound()
         return mended + self.kernel.ensure_outbound(True)
 
@@ -197,6 +196,8 @@ class Pod:
         slot = next(slot for slot in slots if self.kernel.sockets[slot] in ready)
         accepted, client = self.kernel.sockets[slot].accept()
         accepted.settimeout(PATIENCE_S)
+        if slot in (ListenerSlot.OUTBOUND_V4, ListenerSlot.OUTBOUND_V6):
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, marks.ANSWER)
         return Arrival(slot, accepted, accepted.getsockname()[:2], client[:2])
 
     def deliver(

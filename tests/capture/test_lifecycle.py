@@ -180,7 +180,7 @@ def test_unenrolment_restores_the_namespace_to_the_byte(
         for family in (V4, V6):
             pod.netns.ip_of(family, "rule add pref 100 fwmark 0x1 lookup 1338")
             pod.netns.ip_of(family, "route add default dev eth0 table 1338")
-    entries = {name: dict(node.capture.maps[name].items()) for name in ("enrolled", "pods", "pod_devices")}
+    entries = {name: node.capture.maps[name].entries() for name in ("enrolled", "pods", "pod_devices")}
     # Neighbour discovery settles first: it adds routes of its own.
     before = _network_state(pod)
     assert wait_until(lambda: "tentative" not in pod.netns.run("ip", "addr"))
@@ -192,7 +192,7 @@ def test_unenrolment_restores_the_namespace_to_the_byte(
     assert not (node.pins / "pods" / pod.uid).exists()
     assert not pod.kernel.sockets
     for name, held in entries.items():
-        assert dict(node.capture.maps[name].items()) == held
+        assert node.capture.maps[name].entries() == held
 
 
 @both_families
@@ -318,7 +318,7 @@ def test_deliveries_are_told_from_captured_connections_by_their_mark(pod: Pod, p
     assert server.accept()[0].getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == marks.DELIVERY
     client = connect(pod.app, V4, V4.peer, port)
     outward = pod.accept(slot_of("OUTBOUND", V4)).socket
-    assert outward.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == marks.BYPASS
+    assert outward.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == marks.ANSWER
     client.sendall(b"x")
     assert receive(outward, 1) == b"x"
     leg.close()

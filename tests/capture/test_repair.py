@@ -98,6 +98,9 @@ DAMAGES = [
     Damage("barrier rule", _delete_rule(routing.CAPTURE_BARRIER_PREFERENCE), ROUTING),
     Damage("delivery rule", _delete_rule(routing.DELIVERY_PREFERENCE), ROUTING),
     Damage("delivery barrier rule", _delete_rule(routing.DELIVERY_BARRIER_PREFERENCE), ROUTING),
+    Damage("local answer rule", _delete_rule(routing.ANSWER_LOCAL_PREFERENCE), ROUTING),
+    Damage("answer rule", _delete_rule(routing.ANSWER_PREFERENCE), ROUTING),
+    Damage("answer barrier rule", _delete_rule(routing.ANSWER_BARRIER_PREFERENCE), ROUTING),
     Damage("local rule", _delete_rule(routing.LOCAL_PREFERENCE), ROUTING),
     Damage("local rule back in front", lambda p, f: p.netns.ip_of(f, "rule add pref 0 lookup local"), ROUTING),
     Damage("route by lo", _delete_route("lo"), ROUTING),
@@ -144,6 +147,7 @@ def test_one_iteration_mends_a_pod(
 ) -> None:
     pod = new_pod()
     pod.enrol()
+    assert pod.mend() == []
     server = listen(pod.app, family, port)
     outside = listen(peer, family, port)
     damage.act(pod, family)

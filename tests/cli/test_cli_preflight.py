@@ -23,6 +23,7 @@ def machine(tmp_path: Path) -> Machine:
     write(tmp_path / "proc/self/status", f"Name:\tx\nCapEff:\t{ALL_CAPABILITIES}\n")
     write(tmp_path / "proc/mounts", "none /sys/fs/cgroup cgroup2 rw 0 0\nbpf /sys/fs/bpf bpf rw 0 0\n")
     write(tmp_path / "proc/sys/net/core/bpf_jit_enable", "1\n")
+    write(tmp_path / "proc/sys/net/core/dev_weight", "64\n")
     write(tmp_path / "sys/kernel/btf/vmlinux", "")
     return Machine(
         root=tmp_path, release="6.1.0-56-amd64", which=lambda tool: f"/bin/{tool}", library_loads=lambda _: True
@@ -42,7 +43,7 @@ def lacking(path: str, text: str | None) -> Callable[[Machine], Machine]:
 
 
 DAMAGE = [
-    pytest.param(lacking("proc/self/status", "CapEff:\t0000000000000000\n"), "privileges", "BPF", id="user"),
+    pytest.param(lacking("proc/self/status", "CapEff:\t0000000000000000\n"), "privileges", "SYS_PTRACE", id="user"),
     pytest.param(
         lacking("proc/self/status", "CapEff:\t000001ffffdfffff\n"), "privileges", "SYS_ADMIN", id="one capability"
     ),
@@ -66,6 +67,14 @@ def test_a_machine_that_lacks_nothing_passes_every_check(machine: Machine) -> No
     found = preflight.run(machine)
     assert len(found) == len(preflight.CHECKS)
     assert [(c.name, c.ok, c.next_step) for c in found] == [(c.name, True, None) for c in found]
+
+
+def test_another_network_namespace_than_the_machines_own_says_nothing_of_the_jit(machine: Machine) -> None:
+    for name in ("bpf_jit_enable", "dev_weight"):
+        (machine.root / "proc/sys/net/core" / name).unlink()
+    assert [c.detail for c in preflight.run(machine) if c.name == "jit" and c.ok] == [
+        "net.core.bpf_jit_enable does not show in this network namespace"
+    ]
 
 
 @pytest.mark.parametrize(("damage", "name", "text"), DAMAGE)

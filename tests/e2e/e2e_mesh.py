@@ -37,6 +37,11 @@ class MeshView:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
 
+    @property
+    def nodes(self) -> list[str]:
+        """The nodes that undermesh was started on."""
+        return [node for node in self.cluster.nodes if f"agent-{node}" in self.cluster.mesh.parts]
+
     def part(self, kind: str, node: str) -> Part:
         """A process of the mesh: agent or ztunnel of a node."""
         return self.cluster.mesh.parts[f"{kind}-{node}"]
@@ -45,6 +50,16 @@ class MeshView:
         """The pid below the supervisor."""
         children = eventually(self.part(kind, node).children, lambda found: len(found) == 1, 5)
         return children[0]
+
+    def hand_over(self, node: str) -> tuple[int, int]:
+        """Replace the node's ztunnel: the pids of the one that drains now, and of the one that accepts."""
+        answer = self.cluster.agents.post(node, "/v1/ztunnel/hand-over", 30.0)
+        assert "error" not in answer, answer
+        return answer["draining"], answer["accepting"]
+
+    def ztunnel_status(self, node: str) -> dict[str, Any]:
+        """A node's ztunnels as its agent's /v1/status shows them."""
+        return dict(self.cluster.agent_api(node, "/v1/status")["ztunnel"])
 
     def wait_whole(self) -> None:
         """Wait until every part runs and every pod is enrolled that has to be."""
@@ -173,12 +188,12 @@ class PolicyFile:
     def remove(self) -> None:
         """Delete it, and wait until no ztunnel knows it."""
         self.mesh.cluster.source.remove(self._file)
-        for node in self.mesh.cluster.nodes:
+        for node in self.mesh.nodes:
             eventually(partial(self.mesh.policies, node), lambda found: self._key not in found, POLICY_DELAY)
 
     def wait_known(self) -> None:
         """Wait until every ztunnel has it."""
-        for node in self.mesh.cluster.nodes:
+        for node in self.mesh.nodes:
             eventually(partial(self.mesh.policies, node), lambda found: self._key in found, POLICY_DELAY)
 
     @property

@@ -254,3 +254,25 @@ def eventually(look: Callable[[], T], enough: Callable[[T], bool], seconds: floa
         assert time.monotonic() < deadline, f"not after {seconds} s: {found}"
         time.sleep(0.05)
     return found
+
+
+def pinging(pod: Pod, host: str, port: int, token: str = "") -> Client:
+    """An open connection that exchanges messages all the time."""
+    client = pod.connect(host, port, [["ping", 0.02, token], ["end"], ["recv_all"]])
+    eventually(client.peek, lambda found: found["exchanges"] > 2 or found["error"], 5.0)
+    return client
+
+
+@contextlib.contextmanager
+def loads(pods: dict[str, Pod], way: Callable[..., Way], token: str = "") -> Iterator[list[Report]]:
+    """Short conversations on every kind of way, for as long as the block lasts; yields their reports, then filled."""
+    ways = [way("client", "far", 4), way("client", "far", 6, service="far"), way("other", "near", 6)]
+    reports: list[Report] = []
+    with pods["far"].listening([["echo"]], APP_PORT), pods["near"].listening([["echo"]], APP_PORT):
+        running: list[Load] = [
+            one.client.load(one.host, one.port or APP_PORT, text=token, workers=2, pause=0.02) for one in ways
+        ]
+        try:
+            yield reports
+        finally:
+            reports += [load.stop() for load in running]

@@ -31,12 +31,17 @@ class Wire:
 
     def assert_no_plaintext(self) -> Observation:
         """Nothing but tunnels between pods since the last look, and something in them."""
+        seen = self.assert_hidden()
+        assert seen.tls_bytes() > 0, "no tunnel was used"
+        return seen
+
+    def assert_hidden(self) -> Observation:
+        """Nothing but tunnels between pods since the last look."""
         seen = self._capture.observe()
         assert seen.lost == 0, f"the capture lost {seen.lost} packets"
         assert not seen.token, f"the payload in the clear: {sorted(map(str, seen.token))}"
         bare = {str(flow): count for flow, count in seen.payload.items() if self._is_bare(flow) and count}
         assert not bare, f"bytes between pods outside of tunnels: {bare}"
-        assert seen.tls_bytes() > 0, "no tunnel was used"
         return seen
 
     def assert_plaintext(self) -> None:

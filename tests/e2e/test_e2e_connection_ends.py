@@ -146,3 +146,14 @@ def test_a_server_process_that_is_killed_resets_or_ends_its_connections_as_the_k
         report = client.result(5)
     assert report["error"] in RESETS, report
     assert report["failed_at"] - died < SOON
+
+
+@every_family
+@every_pair
+def test_a_client_that_is_bound_to_its_device_gets_answers_and_ends(way, client, server, family):
+    """The kernel gives such a socket only what comes by that device."""
+    made = way(client, server, family)
+    with made.listening([["echo"]]) as listener:
+        report = made.connect(listener, [["send", 100_000, 3], ["end"], ["recv_all"]], device="eth0").result(10)
+        assert_clean(report, listener.result(5))
+    assert report["received_sha256"] == report["sent_sha256"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
 
 import pytest
-from e2e_pods import APP_PORT, Load, assert_clean, assert_works, eventually
+from e2e_pods import APP_PORT, assert_clean, assert_works, eventually, loads, pinging
 from e2e_wire import Wire
 
 NODES = ("node1", "node2")
@@ -19,28 +18,6 @@ RECOVERY = 10.0
 def wire(cluster, mesh):
     with Wire.watched(cluster) as watched:
         yield watched
-
-
-def pinging(pod, host, port, token):
-    """An open connection that exchanges messages all the time."""
-    client = pod.connect(host, port, [["ping", 0.02, token], ["end"], ["recv_all"]])
-    eventually(client.peek, lambda found: found["exchanges"] > 2 or found["error"], 5.0)
-    return client
-
-
-@contextlib.contextmanager
-def loads(pods, way, token):
-    """Short conversations on every kind of way, for as long as the block lasts; yields their reports, then filled."""
-    ways = [way("client", "far", 4), way("client", "far", 6, service="far"), way("other", "near", 6)]
-    reports: list[dict] = []
-    with pods["far"].listening([["echo"]], APP_PORT), pods["near"].listening([["echo"]], APP_PORT):
-        running: list[Load] = [
-            one.client.load(one.host, one.port or APP_PORT, text=token, workers=2, pause=0.02) for one in ways
-        ]
-        try:
-            yield reports
-        finally:
-            reports += [load.stop() for load in running]
 
 
 def test_the_wire_capture_sees_plaintext_if_there_is_some(way, pods, cluster):

@@ -48,6 +48,7 @@ class Conversation:
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
         self._gates: dict[str, threading.Event] = {}
+        self._patience = PATIENCE
         self._socket: socket.socket
         self._sent, self._received = hashlib.sha256(), hashlib.sha256()
         self.finished = threading.Event()
@@ -72,15 +73,19 @@ class Conversation:
         self._socket = accepted
         threading.Thread(target=self._run, args=(lambda: None,), daemon=True).start()
 
-    def start_connecting(self, host: str, port: int, timeout: float, source: str | None) -> None:
+    def start_connecting(
+        self, host: str, port: int, timeout: float, source: str | None, source_port: int, device: str
+    ) -> None:
         """Connect first; an address like ::ffff:10.0.0.1 is dialled from an IPv6 socket."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
 
         def connect() -> None:
             self._socket.settimeout(timeout)
-            if source is not None:
-                self._socket.bind((source, 0))
+            if device:
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
+            if source is not None or source_port:
+                self._socket.bind((source or "", source_port))
             self._socket.connect((host, port))
 
         threading.Thread(target=self._run, args=(connect,), daemon=True).start()
@@ -173,6 +178,11 @@ class Conversation:
             left -= len(data)
             time.sleep(pause)
 
+    def step_patience(self, seconds: float) -> None:
+        """Wait longer for a silent peer, or a gate, than is usual."""
+        self._patience = seconds
+        self._socket.settimeout(seconds)
+
     def step_end(self) -> None:
         """End our side (FIN), keep receiving."""
         self._socket.shutdown(socket.SHUT_WR)
@@ -192,7 +202,7 @@ class Conversation:
 
     def step_gate(self, name: str) -> None:
         """Wait until the order `gate` opens the gate."""
-        if not self.gate(name).wait(PATIENCE):
+        if not self.gate(name).wait(self._patience):
             raise TimeoutError(f"gate {name}")
 
     def step_echo(self) -> None:
@@ -380,13 +390,20 @@ class Tool:
         return {"reports": [conversation.result() for conversation in listener.conversations]}
 
     def do_connect(
-        self, host: str, port: int, steps: Steps, timeout: float = 10.0, source: str | None = None
+        self,
+        host: str,
+        port: int,
+        steps: Steps,
+        timeout: float = 10.0,
+        source: str | None = None,
+        source_port: int = 0,
+        device: str = "",
     ) -> dict[str, Any]:
         """Start a conversation; the answer has its `handle`."""
         conversation = Conversation(steps)
         handle = self._handle()
         self._conversations[handle] = conversation
-        conversation.start_connecting(host, port, timeout, source)
+        conversation.start_connecting(host, port, timeout, source, source_port, device)
         return {"handle": handle}
 
     def do_result(self, handle: int, timeout: float) -> dict[str, Any]:
