@@ -23,6 +23,14 @@ AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PYTHONPATH,PYTHO
 # The same for cargo's test programs: namespaces and PID 1 are tested for real.
 RUST_AS_ROOT := $(if $(AS_ROOT),--config "target.'cfg(unix)'.runner='sudo --preserve-env=PATH'")
 
+# Tests wait more than they compute: two at a time take half as long, on one core as well.
+workers := 2
+
+# Of `make lab`.
+nodes := 2
+name := lab
+mesh := 1
+
 PROTOS := $(wildcard proto/*.proto)
 BPF_SOURCES := $(wildcard bpf/*.bpf.c)
 BPF_OBJECTS := $(BPF_SOURCES:bpf/%.bpf.c=$(BUILD)/bpf/%.bpf.o)
@@ -38,16 +46,51 @@ help: ## list the targets
 demo: build ## two nodes, real traffic, mTLS: one table that shows what undermesh does (root or sudo)
 	$(Q)$(AS_ROOT) $(PY) -m undermesh.lab.demo --build $(BUILD) $(if $(REPORT),--report $(REPORT)) $(ARGS)
 
+.PHONY: lab
+lab: build ## keep a Kubernetes cluster up on this machine: nodes=N name=X mesh=0|1 (root or sudo)
+	$(Q)$(AS_ROOT) $(BUILD)/undermesh lab up --name $(name) --nodes $(nodes) $(if $(filter 0,$(mesh)),--no-mesh,--mesh)
+
+.PHONY: lab-down
+lab-down: ## end it and remove every trace of it, also after a crash: name=X
+	$(Q)$(AS_ROOT) $(BUILD)/undermesh lab down --name $(name)
+
 .PHONY: test
 test: build test-rust test-python ## every test (root or sudo)
 
 .PHONY: test-python
-test-python: build ## Python, BPF and network namespace tests; ARGS='-k name'
-	$(Q)$(AS_ROOT) $(PY) -m pytest $(ARGS)
+test-python: build ## Python, BPF and network namespace tests; ARGS='-k name', workers=N (0: one after the other)
+	$(Q)$(AS_ROOT) $(PY) -m pytest -n $(workers) --dist loadscope --no-loadscope-reorder $(ARGS)
+
+.PHONY: soak
+soak: build ## pods that come and go, the mesh in and out, many and idle connections, and the table of events x promises (root or sudo)
+	$(Q)$(AS_ROOT) env UNDERMESH_AWAY_SECONDS=120 UNDERMESH_CHURN_SECONDS=120 UNDERMESH_CHURN_RATE=20 UNDERMESH_LEAK_PODS=200 UNDERMESH_LEAK_ROUNDS=10 \
+	    UNDERMESH_INTEROP_MIB=200 UNDERMESH_INTEROP_IDLE=45 UNDERMESH_E2E_SHORTS=100000 UNDERMESH_E2E_STOPPED=200 UNDERMESH_E2E_IDLE=900 \
+	    $(PY) -m pytest tests/mesh tests/interop tests/e2e/test_e2e_many.py $(ARGS)
+	$(Q)$(AS_ROOT) $(BUILD)/undermesh lab check --name soak --connections 2400 --seconds 15 $(if $(REPORT),--report $(REPORT))
+
+.PHONY: bench-enrolment
+bench-enrolment: build ## CPU of the agent for each pod that comes, stays and goes: ARGS='--pods 200' (root or sudo)
+	$(Q)$(AS_ROOT) $(PY) bench/enrolment.py $(ARGS)
+
+.PHONY: bench-translate
+bench-translate: env ## what one change costs the control plane, beside a translation of everything; ARGS='--sizes 500'
+	$(Q)$(PY) bench/translate.py $(ARGS)
+
+.PHONY: bench-interop
+bench-interop: build ## bulk throughput of ztunnel with Envoy in both roles, as ratios: ARGS='--rounds 9' (root or sudo)
+	$(Q)$(AS_ROOT) $(PY) bench/interop.py $(ARGS)
+
+.PHONY: bench-fanout
+bench-fanout: env ## what one change costs the control plane per connected agent; ARGS='--clients 100'
+	$(Q)$(PY) bench/fanout.py $(ARGS)
 
 .PHONY: test-rust
 test-rust: $(BUILD)/.bootstrap ## ztunnel's and the CNI plugin's own tests
 	$(Q)cargo test --locked --profile fast --workspace --quiet $(RUST_AS_ROOT)
+
+.PHONY: fuzz
+fuzz: $(BUILD)/.bootstrap ## what peers may send to ztunnel's parsers, a million times each: cases=N
+	$(Q)PROPTEST_CASES=$(or $(cases),1000000) cargo test --locked --profile fast -p ztunnel --lib --quiet hbone::request
 
 .PHONY: test-kernel
 test-kernel: build ## the kernel-facing tests on Debian's 6.1 kernel, under qemu without KVM

@@ -19,7 +19,7 @@ as_root() {
 needs=(
 	clang:clang llvm-strip:llvm clang-format:clang-format protoc:protobuf-compiler bpftool:bpftool
 	/usr/include/bpf/bpf_helpers.h:libbpf-dev cc:build-essential cmake:cmake git:git ip:iproute2 nsenter:util-linux nft:nftables
-	tcpdump:tcpdump cpio:cpio busybox:busybox-static setcap:libcap2-bin sysctl:procps
+	tcpdump:tcpdump runc:runc crun:crun cpio:cpio busybox:busybox-static setcap:libcap2-bin sysctl:procps
 )
 export PATH="$HOME/.cargo/bin:/usr/sbin:/sbin:$PATH"
 missing=()

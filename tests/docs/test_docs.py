@@ -58,6 +58,9 @@ def test_the_table_of_rules_has_the_agents_preferences() -> None:
         routing.CAPTURE_BARRIER_PREFERENCE,
         routing.DELIVERY_PREFERENCE,
         routing.DELIVERY_BARRIER_PREFERENCE,
+        routing.ANSWER_LOCAL_PREFERENCE,
+        routing.ANSWER_PREFERENCE,
+        routing.ANSWER_BARRIER_PREFERENCE,
         routing.LOCAL_PREFERENCE,
     ]
 
