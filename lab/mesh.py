@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import time
@@ -73,8 +74,14 @@ class Part:
         children = self.children()
         if len(children) != 1:
             raise LabError(f"{self.name}: one supervised process was expected, there are {children}")
-        os.kill(children[0], signal.SIGKILL)
-        wait_for(f"death of {self.name}", 5, lambda: children[0] not in self.children())
+        # Readable once the last thread has ended, when its sockets are closed: out of its cgroup it is before.
+        fd = os.pidfd_open(children[0])
+        try:
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+            if not select.select([fd], [], [], 5)[0]:
+                raise LabError(f"{self.name}: process {children[0]} lives 5 s after SIGKILL")
+        finally:
+            os.close(fd)
         return children[0]
 
     def let_go(self) -> None:

@@ -17,13 +17,13 @@ use tokio::{
 };
 use ztunnel::{
     http,
-    proto::node::{AgentHello, DumpKind, Listener, agent_frame::Body, dump_reply},
+    proto::node::{AgentHello, CertificateRemove, DumpKind, Listener, agent_frame::Body, dump_reply},
     state::ADDRESS_TYPE,
 };
 
 use support::{
-    APP_PORT, HBONE_PORT, Node, PodSpec, SERVICE_PORT, WAIT, connection, endpoint_of, listening, two_pods,
-    workload_uid,
+    APP_PORT, HBONE_PORT, Node, PodSpec, SERVICE_PORT, WAIT, connection, endpoint_of, identity, listening,
+    two_pods, workload_uid,
 };
 
 /// How many FDs of this process are the same socket.
@@ -103,6 +103,25 @@ async fn connections_wait_until_the_first_snapshot_is_complete() {
     early.write_all(b"x").await.unwrap();
     served.read_exact(&mut [0; 1]).await.unwrap();
     assert_eq!(node.connections().await[0].lane, "hbone");
+}
+
+/// After a start of the agent and ztunnel together a pod may be handed over before its certificate.
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_wait_for_the_first_certificate_at_both_ends() {
+    let (mut node, app) = two_pods().await;
+    for name in ["client", "server"] {
+        let remove = CertificateRemove { identity: identity(name) };
+        node.apply(Body::CertificateRemove(remove)).await.unwrap();
+    }
+    let mut early = TcpStream::connect(node.socket(100, SERVICE_PORT)).await.unwrap();
+    for name in ["client", "server"] {
+        let served = timeout(Duration::from_millis(200), app.accept()).await;
+        assert!(served.is_err(), "served without the certificate of {name}");
+        node.add_certificate(name).await;
+    }
+    let (mut served, _) = timeout(WAIT, app.accept()).await.unwrap().unwrap();
+    early.write_all(b"x").await.unwrap();
+    served.read_exact(&mut [0; 1]).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

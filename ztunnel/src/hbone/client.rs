@@ -65,6 +65,7 @@ pub async fn open_stream(
     key: Key,
     request: &Request<()>,
 ) -> Result<Stream, Failure> {
+    app.credentials.arrived(&key.source).await;
     let mut last = None;
     for _ in 0..RETRIES + pod.tunnels.open_to(&key) {
         let generation = app

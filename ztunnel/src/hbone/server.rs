@@ -93,6 +93,7 @@ type Authenticated = (TlsStream<TcpStream>, Identity, Vec<CertificateDer<'static
 
 async fn authenticate(app: &App, pod: &Pod, tcp: TcpStream) -> Result<Authenticated, Failure> {
     let tls_failure = |cause: String| Failure::new(Flag::TlsFailure, format!("TLS handshake: {cause}"));
+    app.credentials.arrived(&pod.identity).await;
     let config = app
         .credentials
         .server(&pod.identity)

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, PoisonError, RwLock},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use rustls::{
@@ -14,7 +14,7 @@ use rustls::{
     sign::{CertifiedKey, SingleCertAndKey},
     version::TLS13,
 };
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 use x509_parser::parse_x509_certificate;
 
 use super::{
@@ -22,6 +22,10 @@ use super::{
     verify::{ExpectIdentity, SameTrustDomain, verify_chain},
 };
 use crate::identity::Identity;
+
+/// How long a connection waits for the first certificate of its identity and for the first bundle: a pod may be
+/// handed over before them, after a start of the agent and ztunnel together.
+const ARRIVAL: Duration = Duration::from_secs(5);
 
 /// Material from the agent that cannot be used. What was held before stands.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +67,8 @@ pub struct CertificateInfo {
 pub struct Credentials {
     inner: RwLock<Inner>,
     bundle_changes: watch::Sender<()>,
+    /// Told of each certificate and each bundle that is taken.
+    arrivals: watch::Sender<()>,
 }
 
 #[derive(Debug, Default)]
@@ -95,6 +101,8 @@ impl Credentials {
         let generation = inner.generation;
         inner.servers.remove(&expected);
         inner.material.insert(expected, Arc::new(Material { info, key, generation }));
+        drop(inner);
+        self.arrivals.send_replace(());
         Ok(())
     }
 
@@ -115,7 +123,19 @@ impl Credentials {
         inner.servers.clear();
         drop(inner);
         self.bundle_changes.send_replace(());
+        self.arrivals.send_replace(());
         Ok(())
+    }
+
+    /// Resolves when a certificate of `identity` and a bundle are here, whatever their validity, or after [`ARRIVAL`].
+    pub async fn arrived(&self, identity: &Identity) {
+        let mut arrivals = self.arrivals.subscribe();
+        let arrival = arrivals.wait_for(|()| {
+            let inner = self.read();
+            inner.roots.is_some() && inner.material.contains_key(identity)
+        });
+        // What is missing is said by who asks for it then.
+        let _ = timeout(ARRIVAL, arrival).await;
     }
 
     pub fn roots(&self) -> Option<Arc<RootCertStore>> {
