@@ -16,9 +16,10 @@ export PYTHONPATH := $(CURDIR)/$(BUILD)/py
 export PYTHONDONTWRITEBYTECODE := 1
 export CARGO_TARGET_DIR := $(CURDIR)/$(BUILD)/rust
 export REPORT ?=
+export AGAIN ?= 3
 
 # What needs root gets it from sudo; everything is built as the user who calls make.
-AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PYTHONPATH,PYTHONDONTWRITEBYTECODE,REPORT,PATH)
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PYTHONPATH,PYTHONDONTWRITEBYTECODE,REPORT,AGAIN,PATH)
 
 # The same for cargo's test programs: namespaces and PID 1 are tested for real.
 RUST_AS_ROOT := $(if $(AS_ROOT),--config "target.'cfg(unix)'.runner='sudo --preserve-env=PATH'")
@@ -58,8 +59,8 @@ lab-down: ## end it and remove every trace of it, also after a crash: name=X
 test: build test-rust test-python ## every test (root or sudo)
 
 .PHONY: test-python
-test-python: build ## Python, BPF and network namespace tests; ARGS='-k name', workers=N (0: one after the other)
-	$(Q)$(AS_ROOT) $(PY) -m pytest -n $(workers) --dist loadscope --no-loadscope-reorder $(ARGS)
+test-python: build ## Python, BPF and network namespace tests; ARGS='-k name', workers=N (0: one after the other), AGAIN=0: no second look at what failed
+	$(Q)$(AS_ROOT) tools/pytest_twice.sh $(PY) -n $(workers) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 .PHONY: soak
 soak: build ## pods that come and go, the mesh in and out, many and idle connections, and the table of events x promises (root or sudo)
