@@ -69,6 +69,14 @@ soak: build ## pods that come and go, the mesh in and out, many and idle connect
 	    $(PY) -m pytest tests/mesh tests/interop tests/e2e/test_e2e_many.py $(ARGS)
 	$(Q)$(AS_ROOT) $(BUILD)/undermesh lab check --name soak --connections 2400 --seconds 15 $(if $(REPORT),--report $(REPORT))
 
+# What the benchmarks import: their own modules, and what the tests have of Envoy and certificates.
+BENCH_PATH := bench:tests/interop:tests/e2e
+
+.PHONY: bench
+bench: build ## the byte path beside no mesh and Envoy sidecars: ARGS='--rounds 7 --idle 10000' (root or sudo)
+	$(Q)cargo build --locked --release -p ztunnel -p undermesh-load $(if $(V),,--quiet)
+	$(Q)PYTHONPATH="$$PYTHONPATH:$(BENCH_PATH)" && $(AS_ROOT) $(PY) -m bytepath --build $(BUILD) $(if $(REPORT),--report $(REPORT)) $(ARGS)
+
 .PHONY: bench-enrolment
 bench-enrolment: build ## CPU of the agent for each pod that comes, stays and goes: ARGS='--pods 200' (root or sudo)
 	$(Q)$(AS_ROOT) $(PY) bench/enrolment.py $(ARGS)
@@ -101,6 +109,7 @@ test-kernel: build ## the kernel-facing tests on Debian's 6.1 kernel, under qemu
 check: build ## formatters, linters and types
 	$(Q)$(VENV)/bin/ruff format --check --quiet . && $(VENV)/bin/ruff check --quiet .
 	$(Q)env -u PYTHONPATH MYPYPATH=$(BUILD)/py $(VENV)/bin/mypy --config-file pyproject.toml $(foreach p,$(PACKAGES),-p undermesh.$(p))
+	$(Q)env -u PYTHONPATH MYPYPATH=$(BUILD)/py:$(BENCH_PATH) $(VENV)/bin/mypy --config-file pyproject.toml -p bytepath
 	$(Q)cargo fmt --check && cargo clippy --locked --profile fast --workspace --all-targets --quiet -- -D warnings
 	$(Q)clang-format --dry-run -Werror bpf/*.c bpf/include/*.h
 
