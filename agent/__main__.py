@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import logging
 import os
 import resource
@@ -35,6 +36,8 @@ class Unfit(Exception):
 
 
 def main() -> int:
+    # A crash in native code leaves a trace of where Python was.
+    faulthandler.enable()
     settings = parse()
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr

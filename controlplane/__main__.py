@@ -7,6 +7,7 @@ be used.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import os
 import signal
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 def main() -> int:
     """Runs the control plane; returns the exit code."""
+    # A crash in native code leaves a trace of where Python was.
+    faulthandler.enable()
     arguments = options.parse()
     logs.set_up(style=arguments.log_format, level=arguments.log_level)
     try:

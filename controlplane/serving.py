@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import logging
+import threading
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -26,12 +27,26 @@ class ServingCertificate:
         self._authority = authority
         self._dns_name = dns_name
         self._renew_at = authority.now()
-        self._current = self._make()
+        self._current = self._served = self._make()
+        self._serving = threading.Lock()
         authority.on_change(self.renew)
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Server credentials that ask for the current certificate at every handshake."""
-        return grpc.dynamic_ssl_server_credentials(self._current, lambda: self._current)
+        """Server credentials that ask for a new certificate at every handshake."""
+        # The stubs do not know that it may answer None.
+        return grpc.dynamic_ssl_server_credentials(self._served, self.take_fresh)  # type: ignore[arg-type]
+
+    def take_fresh(self) -> grpc.ServerCertificateConfiguration | None:
+        """The certificate if it is another than before, once; None: it is not. Called by gRPC's own threads.
+
+        gRPC frees what it served with before without asking whether another handshake is about to use it: it crashes
+        when many connect at once and each gets an answer other than None.
+        """
+        with self._serving:
+            if self._current is self._served:
+                return None
+            self._served = self._current
+            return self._served
 
     def renew(self) -> None:
         """Makes a new certificate; the old one stays if the CA cannot sign."""

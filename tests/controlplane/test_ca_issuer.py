@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import multiprocessing
+import ssl
 import stat
 import subprocess
 from pathlib import Path
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from undermesh.agent import leaf
 from undermesh.controlplane import authority, errors, issuer, x509build
 from undermesh.controlplane.secret_store import FileSecretStore
+from undermesh.controlplane.serving import ServingCertificate
 
 WEB = "spiffe://cluster.local/ns/shop/sa/web"
 NOW = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)
@@ -305,12 +307,27 @@ async def test_roots_rotate_with_overlap_and_nobody_loses_trust_in_between(world
             assert await sign(other, "spiffe://cluster.local/ns/shop/sa/db"), "the server's own chain moved too"
 
 
+def _served(port: int) -> int:
+    """The serial number of the certificate that a new connection gets."""
+    return load(ssl.get_server_certificate(("127.0.0.1", port), timeout=10)).serial_number
+
+
 async def test_the_serving_certificate_is_renewed_in_process(world: World) -> None:
     async with world.running() as server, world.control("node-a") as control:
         assert await sign(control, WEB)
-        before = server._serving._current
+        before = await asyncio.to_thread(_served, world.port)
+        assert await asyncio.to_thread(_served, world.port) == before
         server._serving.renew()
-        assert server._serving._current is not before
+        assert await asyncio.to_thread(_served, world.port) != before
         async with world.control("node-b") as fresh:
             assert await sign(fresh, "spiffe://cluster.local/ns/shop/sa/db")
         assert await sign(control, WEB), "connections of the old certificate stay"
+
+
+async def test_grpc_is_given_a_serving_certificate_only_when_it_is_another(tmp_path: Path) -> None:
+    # Not at every handshake: under many at once, it would crash.
+    serving = ServingCertificate(await authority.Authority.open(FileSecretStore(tmp_path)))
+    serving.credentials()
+    assert serving.take_fresh() is None
+    serving.renew()
+    assert serving.take_fresh() is not None and serving.take_fresh() is None
