@@ -159,3 +159,37 @@ class Certificates(msgspec.Struct, kw_only=True):
     """GET /v1/certs."""
 
     certs: list[Certificate]
+
+
+class Workload(msgspec.Struct, kw_only=True):
+    """One workload that ztunnel knows; message WorkloadStatus of proto/node.proto."""
+
+    uid: str = ""
+    namespace: str = ""
+    name: str = ""
+    service_account: str = ""
+    addresses: list[str] = []
+    node: str = ""
+    protocol: str = ""
+    healthy: bool = False
+
+
+class Workloads(msgspec.Struct, kw_only=True):
+    """GET /v1/workloads."""
+
+    workloads: list[Workload]
+
+
+class Service(msgspec.Struct, kw_only=True):
+    """One service that ztunnel knows; message ServiceStatus of proto/node.proto."""
+
+    name: str = ""
+    namespace: str = ""
+    addresses: list[str] = []
+    endpoints: int = 0
+
+
+class Services(msgspec.Struct, kw_only=True):
+    """GET /v1/services."""
+
+    services: list[Service]

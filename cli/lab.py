@@ -18,14 +18,13 @@ import click
 
 from undermesh.cli import output, tables
 from undermesh.cli.errors import CliError
+from undermesh.cli.lazy import INTERRUPTED
 
 if TYPE_CHECKING:
     from undermesh.lab.kube.layout import ClusterLayout
 
 DEFAULT_NAME = "lab"
 """As in undermesh.lab.kube.remote."""
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
 
 
 @contextlib.contextmanager

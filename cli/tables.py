@@ -5,19 +5,21 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from undermesh.cli import answers
+from undermesh.cli import answers, edge_list
 
 NOTHING = "-"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Headings and rows of text; the words of `alarms` deserve the reader's eye."""
+    """Headings and rows of text."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     empty: str
     """What to say instead of a table without rows."""
+    wide: frozenset[str] = frozenset()
+    """Headings that only a wide table has."""
 
 
 def checks(found: Iterable[answers.Check]) -> Table:
@@ -78,7 +80,7 @@ def pods(status: answers.Status) -> Table:
         for pod in status.pods
     ]
     headings = ("POD", "STATE", "ADDRESSES", "IDENTITY", "OUT", "IN", "TUNNELS IN", "TUNNELS OUT", "REASON")
-    return Table(headings, rows, "no pods on this node")
+    return Table(headings, rows, "no pods on this node", frozenset({"IDENTITY", "TUNNELS IN", "TUNNELS OUT"}))
 
 
 def connections(found: Iterable[answers.Connection], now: float) -> Table:
@@ -110,7 +112,70 @@ def connections(found: Iterable[answers.Connection], now: float) -> Table:
         "RECEIVED",
         "AGE",
     )
-    return Table(headings, rows, "no open connections through this node's ztunnel")
+    wide = frozenset({"SOURCE IDENTITY", "DESTINATION IDENTITY", "UPSTREAM"})
+    return Table(headings, rows, "no open connections through this node's ztunnel", wide)
+
+
+def edges(found: Iterable[edge_list.Edge]) -> Table:
+    """Who talks to whom."""
+    rows = [
+        (
+            e.source,
+            e.destination,
+            e.direction,
+            e.lane,
+            "yes" if e.secured else "NO",
+            str(e.connections),
+            e.source_identity or NOTHING,
+            e.destination_identity or NOTHING,
+            str(e.bytes_sent),
+            str(e.bytes_received),
+        )
+        for e in found
+    ]
+    headings = (
+        "SOURCE",
+        "DESTINATION",
+        "DIRECTION",
+        "LANE",
+        "SECURED",
+        "OPEN",
+        "SOURCE IDENTITY",
+        "DESTINATION IDENTITY",
+        "SENT",
+        "RECEIVED",
+    )
+    wide = frozenset({"SOURCE IDENTITY", "DESTINATION IDENTITY", "SENT", "RECEIVED"})
+    return Table(headings, rows, "no open connections through this node's ztunnel", wide)
+
+
+def workloads(found: Iterable[answers.Workload]) -> Table:
+    """The workloads that ztunnel knows, by name."""
+    rows = [
+        (
+            f"{w.namespace}/{w.name}",
+            ",".join(w.addresses) or NOTHING,
+            w.node or NOTHING,
+            w.protocol,
+            "yes" if w.healthy else "NO",
+            w.service_account,
+            w.uid,
+        )
+        for w in sorted(found, key=lambda w: (w.namespace, w.name, w.uid))
+    ]
+    headings = ("WORKLOAD", "ADDRESSES", "NODE", "PROTOCOL", "READY", "ACCOUNT", "UID")
+    empty = "no workloads: the control plane has not told this node of any; see undermesh status"
+    return Table(headings, rows, empty, frozenset({"ACCOUNT", "UID"}))
+
+
+def services(found: Iterable[answers.Service]) -> Table:
+    """The services that ztunnel knows, by name."""
+    rows = [
+        (f"{s.namespace}/{s.name}", ",".join(s.addresses) or "headless", str(s.endpoints) if s.endpoints else "NONE")
+        for s in sorted(found, key=lambda s: (s.namespace, s.name))
+    ]
+    empty = "no services: the control plane has not told this node of any; see undermesh status"
+    return Table(("SERVICE", "ADDRESSES", "ENDPOINTS"), rows, empty)
 
 
 def policies(found: Iterable[answers.Policy]) -> Table:
@@ -130,7 +195,7 @@ def policies(found: Iterable[answers.Policy]) -> Table:
         for p in sorted(found, key=lambda p: p.name)
     ]
     headings = ("POLICY", "ACTION", "SCOPE", "RULES", "REFUSED", "CUT", "MATCHED", "MODE", "VERSION")
-    return Table(headings, rows, "no policies: every connection is allowed")
+    return Table(headings, rows, "no policies: every connection is allowed", frozenset({"VERSION"}))
 
 
 def certificates(found: Iterable[answers.Certificate], now: float) -> Table:
@@ -148,7 +213,8 @@ def certificates(found: Iterable[answers.Certificate], now: float) -> Table:
         for c in sorted(found, key=lambda c: c.identity)
     ]
     headings = ("IDENTITY", "VALIDITY", "NOT BEFORE", "NOT AFTER", "ISSUER", "SERIAL", "ERROR")
-    return Table(headings, rows, "no certificates: no pod of this node is enrolled")
+    wide = frozenset({"NOT BEFORE", "ISSUER", "SERIAL"})
+    return Table(headings, rows, "no certificates: no pod of this node is enrolled", wide)
 
 
 def validity(certificate: answers.Certificate, now: float) -> str:

@@ -5,12 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from agent_stand_in import Command, recorded
 
 from undermesh.cli.main import main
 
-VERBS = sorted(set(main.commands) - {"lab", "uninstall", "ztunnel"})
-FROM_AGENT = [verb for verb in VERBS if verb != "check"]
+VERBS = sorted(set(main.verbs) - {"completion", "lab", "uninstall", "ztunnel"})
+FROM_AGENT = [verb for verb in VERBS if verb not in ("check", "edges")]
 DOCS = Path(__file__).parents[2] / "docs" / "debugging.md"
 
 SHOWN = [
@@ -22,10 +23,16 @@ SHOWN = [
     pytest.param("status", "7 connections, pid 402, build 0.0.9", id="older ztunnel"),
     pytest.param("connections", "plain (draining, pid 402)", id="connection of an older ztunnel"),
     pytest.param("connections", "[fd31:0:0:2:aaaa:bbbb:cccc:9]:9000 (shop/store.shop.svc.cluster.local)", id="wide"),
-    pytest.param("connections", "sa/store-with-a-rather-long-account-name", id="long identity"),
+    pytest.param("connections -o wide", "sa/store-with-a-rather-long-account-name", id="long identity"),
     pytest.param("connections", "9007199254740993", id="exact bytes"),
+    pytest.param("edges", "shop/store.shop.svc.cluster.local:9000", id="edge"),
+    pytest.param("edges -o wide", "sa/store-with-a-rather-long-account-name", id="identity of an edge"),
+    pytest.param("workloads", "10.31.1.2,fd31:0:0:1:aaaa:bbbb:cccc:2", id="workload"),
+    pytest.param("workloads -o wide", "Kubernetes//Pod/shop/web-1", id="uid of a workload"),
+    pytest.param("services", "shop/nobody", id="service"),
+    pytest.param("services", "headless", id="headless service"),
     pytest.param("policies", "shop/deny-batch", id="policy"),
-    pytest.param("certs", "2025-11-24T16:00:00Z", id="date"),
+    pytest.param("certs -o wide", "2025-11-24T16:00:00Z", id="date"),
     pytest.param("certs", "control plane does not answer", id="certificate error"),
 ]
 
@@ -33,7 +40,7 @@ SHOWN = [
 @pytest.mark.usefixtures("agent")
 @pytest.mark.parametrize(("verb", "text"), SHOWN)
 async def test_a_table_shows_the_answer_whole_when_it_is_piped(undermesh: Command, verb: str, text: str) -> None:
-    result = await undermesh(verb)
+    result = await undermesh(*verb.split())
     assert (result.code, result.err) == (0, "")
     assert any(text in line for line in result.out.splitlines()), result.out
 
@@ -51,6 +58,20 @@ async def test_a_piped_table_has_one_line_for_each_row(undermesh: Command) -> No
 async def test_json_is_the_agents_own_answer(undermesh: Command, verb: str) -> None:
     result = await undermesh(verb, "-o", "json")
     assert json.loads(result.out) == recorded(verb)
+
+
+@pytest.mark.usefixtures("agent")
+@pytest.mark.parametrize("verb", FROM_AGENT)
+async def test_yaml_is_the_same_answer(undermesh: Command, verb: str) -> None:
+    result = await undermesh(verb, "-o", "yaml")
+    assert yaml.safe_load(result.out) == recorded(verb)
+
+
+@pytest.mark.usefixtures("agent")
+async def test_connections_of_one_pair_are_one_edge(undermesh: Command) -> None:
+    edges = json.loads((await undermesh("edges", "-o", "json")).out)["edges"]
+    assert sum(edge["connections"] for edge in edges) == 2
+    assert {edge["secured"] for edge in edges} == {True, False}
 
 
 @pytest.mark.usefixtures("agent")
@@ -75,10 +96,10 @@ async def test_every_verb_is_listed_with_help_and_documented(undermesh: Command,
     assert re.search(rf"^  {verb} +\S", overview.out, re.MULTILINE)
     own = await undermesh(verb, "--help")
     assert own.code == 0
-    assert "-o, --output [table|json]" in own.out
+    assert "-o, --output [table|wide|json|yaml]" in own.out
     assert f"`undermesh {verb}`" in DOCS.read_text()
 
 
 def test_the_docs_name_no_verb_that_does_not_exist() -> None:
     named = set(re.findall(r"`undermesh ([a-z]+)", DOCS.read_text()))
-    assert named <= set(main.commands)
+    assert named <= set(main.verbs)
