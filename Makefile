@@ -77,6 +77,11 @@ bench: build ## the byte path beside no mesh and Envoy sidecars: ARGS='--rounds 
 	$(Q)cargo build --locked --release -p ztunnel -p undermesh-load $(if $(V),,--quiet)
 	$(Q)PYTHONPATH="$$PYTHONPATH:$(BENCH_PATH)" && $(AS_ROOT) $(PY) -m bytepath --build $(BUILD) $(if $(REPORT),--report $(REPORT)) $(ARGS)
 
+.PHONY: explain
+explain: build ## `undermesh explain` against what happens, in thousands of random cases: rounds=N of 12, seed=N (root or sudo)
+	$(Q)$(AS_ROOT) env UNDERMESH_EXPLAIN_ROUNDS=$(or $(rounds),250) UNDERMESH_EXPLAIN_SEED=$(or $(seed),1) \
+	    $(PY) -m pytest -q tests/e2e/test_e2e_explain.py -k says_what_happens $(ARGS)
+
 .PHONY: bench-enrolment
 bench-enrolment: build ## CPU of the agent for each pod that comes, stays and goes: ARGS='--pods 200' (root or sudo)
 	$(Q)$(AS_ROOT) $(PY) bench/enrolment.py $(ARGS)

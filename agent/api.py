@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import platform
@@ -14,6 +15,8 @@ from aiohttp import web
 from google.protobuf.message import Message
 
 from undermesh.agent import private_socket
+from undermesh.agent.bpf.inventory import Inventory
+from undermesh.agent.bpf.libbpf import BpfError
 from undermesh.agent.features import Check
 from undermesh.agent.reconciler import PodView
 from undermesh.agent.ztunnel_link import ZtunnelAway, ZtunnelLink, ZtunnelRefused
@@ -42,6 +45,10 @@ class AgentState(Protocol):
     def renew_certificates(self) -> list[str]: ...
 
     def counters(self) -> dict[str, int]: ...
+
+    def inventory(self) -> Inventory:
+        """What is in the kernel. Blocks."""
+        ...
 
     def unready(self) -> str:
         """Why the agent cannot serve the node yet; empty: it can."""
@@ -80,6 +87,8 @@ class Api:
         )
         for path, kind, name in dumps:
             app.router.add_get(f"/v1/{path}", self._dump(kind, name))
+        app.router.add_get("/v1/explain", self._explain)
+        app.router.add_get("/v1/bpf", self._bpf)
         app.router.add_get("/v1/certs", self._certs)
         app.router.add_post("/v1/certs/renew", self._renew)
         app.router.add_get("/v1/counters", self._counters)
@@ -142,6 +151,51 @@ class Api:
 
     async def _counters(self, _request: web.Request) -> web.Response:
         return web.json_response({"counters": self._state.counters()})
+
+    async def _bpf(self, _request: web.Request) -> web.Response:
+        try:
+            found = await asyncio.to_thread(self._state.inventory)
+        except (BpfError, OSError) as e:
+            return web.json_response({"error": str(e)}, status=503)
+        return web.json_response(dataclasses.asdict(found))
+
+    async def _explain(self, request: web.Request) -> web.Response:
+        """What would become of a connection from `source` to `destination` at `port`."""
+        query = request.query
+        try:
+            port = int(query.get("port", ""))
+            asked = wire.ExplainRequest(
+                source=query.get("source", ""), destination=query.get("destination", ""), port=port
+            )
+        except ValueError:
+            return web.json_response({"error": f"{query.get('port', '')!r} is no port"}, status=400)
+        try:
+            found = await self._state.link.explain(asked)
+        except (ZtunnelAway, ZtunnelRefused) as e:
+            return web.json_response({"error": str(e)}, status=503)
+        if found.error:
+            return web.json_response({"error": found.error}, status=404)
+        answer = _json(found)
+        answer["capture"] = wire.Capture.Name(found.capture)
+        answer["node"] = self._state.node
+        answer["source_pod"] = self._pod_with(found.source_address)
+        for row in answer["ways"]:
+            row["pod"] = self._pod_with(row["endpoint"].rpartition(":")[0].strip("[]"))
+        return web.json_response(answer)
+
+    def _pod_with(self, address: str) -> dict[str, str] | None:
+        """The pod of this node that has an address: what it should be, what it is, and why."""
+        for view in self._state.pods():
+            if not view.pod.spec.host_network and address in map(str, view.pod.addresses):
+                metadata = view.pod.metadata
+                desired = "enrolled" if view.desired else "plain"
+                return {
+                    "name": f"{metadata.namespace}/{metadata.name}",
+                    "desired": desired,
+                    "state": str(view.state),
+                    "reason": view.reason,
+                }
+        return None
 
     async def _certs(self, request: web.Request) -> web.Response:
         return await self._dump(wire.DumpKind.CERTIFICATES, "certificates", "certs")(request)

@@ -14,7 +14,7 @@ from typing import Any
 
 from undermesh.agent import cgroups, cni_conflist, features, health, netns
 from undermesh.agent.api import Api
-from undermesh.agent.bpf import node_capture
+from undermesh.agent.bpf import inventory, node_capture
 from undermesh.agent.certificates import CertificateManager, Issued, RootsChanged, Withdrawn
 from undermesh.agent.cni_files import CniFiles
 from undermesh.agent.cni_install import CniInstaller
@@ -220,6 +220,9 @@ class NodeAgent:
 
     def counters(self) -> dict[str, int]:
         return self._capture.counters()
+
+    def inventory(self) -> inventory.Inventory:
+        return inventory.read(self.settings.pins)
 
     def checks(self) -> list[Check]:
         settings = self.settings

@@ -285,6 +285,24 @@ class ZtunnelLink:
             _MERGED[kind](reply, other)
         return reply
 
+    async def explain(self, request: wire.ExplainRequest) -> wire.Explanation:
+        """Asks the ztunnel that accepts what it would do with a connection.
+
+        Raises:
+            ZtunnelAway: none is connected, or it did not answer within 5 s.
+            ZtunnelRefused: it is older than the question.
+        """
+        serving = self._serving
+        if serving is None:
+            raise ZtunnelAway("ztunnel is not connected: see the log of its container")
+        reply = await serving.dump(wire.DumpKind.EXPLANATION, request)
+        if not reply.HasField("explanation"):
+            raise ZtunnelRefused(
+                f"ztunnel {serving.build} (pid {serving.pid}) is older than this agent and cannot explain: "
+                "undermesh ztunnel hand-over replaces it"
+            )
+        return reply.explanation
+
     # === the connections ===
 
     @property

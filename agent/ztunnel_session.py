@@ -163,8 +163,8 @@ class Session:
         finally:
             self._waiting.pop(number, None)
 
-    async def dump(self, kind: wire.DumpKind.ValueType) -> wire.DumpReply:
-        """Asks for a part of its state.
+    async def dump(self, kind: wire.DumpKind.ValueType, explain: wire.ExplainRequest | None = None) -> wire.DumpReply:
+        """Asks for a part of its state; `explain` says of what an EXPLANATION shall be.
 
         Raises:
             ZtunnelAway: it did not answer within 5 s.
@@ -173,7 +173,7 @@ class Session:
         self._sequence += 1
         number = self._sequence
         self._dumps[number] = reply
-        frame = wire.AgentFrame(seq=number, dump=wire.DumpRequest(id=number, kind=kind))
+        frame = wire.AgentFrame(seq=number, dump=wire.DumpRequest(id=number, kind=kind, explain=explain))
         try:
             await self.channel.send(frame.SerializeToString())
             async with asyncio.timeout(_DUMP_TIMEOUT_S):

@@ -193,3 +193,100 @@ class Services(msgspec.Struct, kw_only=True):
     """GET /v1/services."""
 
     services: list[Service]
+
+
+class Judgement(msgspec.Struct, kw_only=True):
+    """What one policy says of a connection; message PolicyJudgement of proto/node.proto."""
+
+    name: str
+    action: str
+    scope: str = ""
+    mode: str = "enforced"
+    rule: int = 0
+    misses: list[str] = []
+    error: str = ""
+
+
+class PodState(msgspec.Struct, kw_only=True):
+    """A pod of the asked node: what it should be, what it is, and why."""
+
+    name: str
+    desired: str
+    state: str
+    reason: str | None = None
+
+
+class Way(msgspec.Struct, kw_only=True):
+    """One way that a connection may go; message Way of proto/node.proto."""
+
+    lane: str = ""
+    lane_reason: str = ""
+    endpoint: str = ""
+    workload: str = ""
+    node: str = ""
+    upstream: str = ""
+    allowed: bool
+    policy: str = ""
+    reason: str = ""
+    judged: bool = False
+    policies: list[Judgement] = []
+    capacity: int = 0
+    pod: PodState | None = None
+
+
+class Explanation(msgspec.Struct, kw_only=True):
+    """GET /v1/explain; message Explanation of proto/node.proto."""
+
+    node: str
+    source_workload: str = ""
+    source_address: str = ""
+    source_identity: str = ""
+    capture: str
+    source_pod: PodState | None = None
+    destination_address: str = ""
+    destination_service: str = ""
+    destination_workload: str = ""
+    service_mode: str = ""
+    ways: list[Way]
+
+
+class BpfProgram(msgspec.Struct, kw_only=True):
+    """One program; memory in bytes."""
+
+    name: str
+    id: int
+    links: int
+    runs: int
+    run_time_ns: int
+    memory: int
+
+
+class BpfLink(msgspec.Struct, kw_only=True):
+    """One link; `target` is a cgroup's id or a netns' inode, 0: detached."""
+
+    name: str
+    id: int
+    program_id: int
+    kind: str
+    target: int
+
+
+class BpfMap(msgspec.Struct, kw_only=True):
+    """One map; `entries` is None where they cannot be counted. Memory in bytes."""
+
+    name: str
+    id: int
+    type: str
+    entries: int | None
+    max_entries: int
+    memory: int
+
+
+class Bpf(msgspec.Struct, kw_only=True):
+    """GET /v1/bpf."""
+
+    pins: str
+    stats_enabled: bool
+    programs: list[BpfProgram]
+    links: list[BpfLink]
+    maps: list[BpfMap]

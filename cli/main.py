@@ -14,10 +14,12 @@ DEFAULT_RUN_DIR = Path("/run/undermesh")
 
 class _Verbs(LazyGroup):
     verbs = {
+        "bpf": Verb("undermesh.cli.verbs", "The programs, links and maps in this node's kernel, with their use."),
         "check": Verb("undermesh.cli.check", "Whether this machine has what undermesh needs, and how to get it."),
         "status": Verb("undermesh.cli.verbs", "The parts of undermesh on this node, and the state of its pods."),
         "connections": Verb("undermesh.cli.verbs", "Open connections of this node's pods: who, how, since when."),
         "edges": Verb("undermesh.cli.verbs", "Who talks to whom now, and whether it is secured."),
+        "explain": Verb("undermesh.cli.explain", "What becomes of a connection, step by step, and what changes it."),
         "policies": Verb("undermesh.cli.verbs", "The L4 policies in force here, and what they refused or cut."),
         "certs": Verb("undermesh.cli.verbs", "The certificates of this node's accounts, and how long they hold."),
         "workloads": Verb("undermesh.cli.verbs", "The workloads that this node's ztunnel knows."),

@@ -8,7 +8,18 @@ import click
 from undermesh.cli.errors import foreign
 from undermesh.cli.tables import Table
 
-_ALARMS = ("FAIL", "NOT CONNECTED", "EXPIRED", "NOT YET VALID", "MISSING", "failed", "REFUSED", "NO", "NONE")
+_ALARMS = (
+    "FAIL",
+    "NOT CONNECTED",
+    "NOT ATTACHED",
+    "EXPIRED",
+    "NOT YET VALID",
+    "MISSING",
+    "failed",
+    "REFUSED",
+    "NO",
+    "NONE",
+)
 _GAP = 2
 
 

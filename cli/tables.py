@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from undermesh.cli import answers, edge_list
+from undermesh.cli import answers, edge_list, explained
 
 NOTHING = "-"
 
@@ -236,6 +236,65 @@ def date(unix: int) -> str:
         return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     except (OverflowError, ValueError, OSError):
         return str(unix)
+
+
+def bpf_programs(found: answers.Bpf) -> Table:
+    """The programs, with their runs where the kernel counts them."""
+    rows = [
+        (
+            p.name,
+            str(p.links),
+            str(p.runs) if found.stats_enabled else NOTHING,
+            f"{p.run_time_ns / p.runs:.0f} ns" if found.stats_enabled and p.runs else NOTHING,
+            kib(p.memory),
+            str(p.id),
+        )
+        for p in found.programs
+    ]
+    headings = ("PROGRAM", "LINKS", "RUNS", "TIME PER RUN", "MEMORY", "ID")
+    return Table(headings, rows, f"no programs: nothing is pinned below {found.pins}", frozenset({"ID"}))
+
+
+def bpf_links(found: answers.Bpf) -> Table:
+    """What is attached where."""
+    names = {p.id: p.name for p in found.programs}
+    rows = [
+        (
+            link.name,
+            names.get(link.program_id, NOTHING),
+            f"{link.kind} {link.target}" if link.target else "NOT ATTACHED",
+            str(link.id),
+        )
+        for link in found.links
+    ]
+    return Table(("LINK", "PROGRAM", "TARGET", "ID"), rows, "no links", frozenset({"ID"}))
+
+
+def bpf_maps(found: answers.Bpf) -> Table:
+    """How full the maps are."""
+    rows = [
+        (
+            m.name,
+            m.type,
+            NOTHING if m.entries is None else str(m.entries),
+            str(m.max_entries),
+            kib(m.memory),
+            str(m.id),
+        )
+        for m in found.maps
+    ]
+    return Table(("MAP", "TYPE", "ENTRIES", "SIZE", "MEMORY", "ID"), rows, "no maps", frozenset({"ID"}))
+
+
+def kib(count: int) -> str:
+    """Bytes in KiB, rounded up."""
+    return f"{-(-count // 1024)} KiB"
+
+
+def explanation(found: Iterable[explained.Step]) -> Table:
+    """The steps of a connection's way."""
+    rows = [(s.step, s.result, s.object or NOTHING, s.why, s.change) for s in found]
+    return Table(("STEP", "RESULT", "OBJECT", "WHY", "WHAT WOULD CHANGE IT"), rows, "no steps")
 
 
 def lab(status: dict[str, Any], now: float) -> Table:

@@ -70,3 +70,14 @@ def workloads(context: Context, form: str) -> None:
 def services(context: Context, form: str) -> None:
     """The services that this node's ztunnel knows: their addresses, and how many endpoints they have."""
     forms.show(context, "/v1/services", answers.Services, form, lambda a: tables.services(a.services))
+
+
+@click.command()
+@forms.form_option
+@click.pass_obj
+def bpf(context: Context, form: str) -> None:
+    """The programs, links and maps of undermesh in this node's kernel: what runs, where, how often, how full.
+
+    Runs and their time count only while `sysctl kernel.bpf_stats_enabled` is 1, which costs each run some time.
+    """
+    forms.show(context, "/v1/bpf", answers.Bpf, form, tables.bpf_programs, tables.bpf_links, tables.bpf_maps)

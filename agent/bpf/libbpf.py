@@ -350,8 +350,18 @@ def program_tag(fd: int) -> bytes:
     return bytes(_object_info(fd, 24, "program")[8:16])
 
 
+def program_info(fd: int, size: int) -> bytes:
+    """The head of struct bpf_prog_info."""
+    return _object_info(fd, size, "program")
+
+
+def program_by_id(program_id: int) -> int:
+    """An FD of a loaded program."""
+    return _check(_lib().c.bpf_prog_get_fd_by_id(program_id), f"program {program_id}")
+
+
 def program_tag_by_id(program_id: int) -> bytes:
-    fd = _check(_lib().c.bpf_prog_get_fd_by_id(program_id), f"program {program_id}")
+    fd = program_by_id(program_id)
     try:
         return program_tag(fd)
     finally:

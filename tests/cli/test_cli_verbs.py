@@ -11,7 +11,7 @@ from agent_stand_in import Command, recorded
 from undermesh.cli.main import main
 
 VERBS = sorted(set(main.verbs) - {"completion", "lab", "uninstall", "ztunnel"})
-FROM_AGENT = [verb for verb in VERBS if verb not in ("check", "edges")]
+FROM_AGENT = [verb for verb in VERBS if verb not in ("check", "edges", "explain")]
 DOCS = Path(__file__).parents[2] / "docs" / "debugging.md"
 
 SHOWN = [
@@ -31,6 +31,9 @@ SHOWN = [
     pytest.param("workloads -o wide", "Kubernetes//Pod/shop/web-1", id="uid of a workload"),
     pytest.param("services", "shop/nobody", id="service"),
     pytest.param("services", "headless", id="headless service"),
+    pytest.param("bpf", "120 ns", id="run time of a program"),
+    pytest.param("bpf", "NOT ATTACHED", id="detached link"),
+    pytest.param("bpf", "maps/captured", id="map"),
     pytest.param("policies", "shop/deny-batch", id="policy"),
     pytest.param("certs -o wide", "2025-11-24T16:00:00Z", id="date"),
     pytest.param("certs", "control plane does not answer", id="certificate error"),

@@ -164,7 +164,7 @@ pub fn admit(app: &App, details: &Details) -> Result<(), Failure> {
 
 /// Whether the destination pod accepts a connection. Fails closed while the pod's own workload is unknown, since the
 /// policies that select it are named there.
-fn authorise(world: &World, pod: &Pod, connection: &policy::Connection) -> Result<(), Failure> {
+pub fn authorise(world: &World, pod: &Pod, connection: &policy::Connection) -> Result<(), Failure> {
     let Some(workload) = world.workload(&pod.workload_uid) else {
         let reason = format!(
             "workload {} has not arrived on this node, so its policies are unknown: check the control plane",
@@ -172,7 +172,17 @@ fn authorise(world: &World, pod: &Pod, connection: &policy::Connection) -> Resul
         );
         return Err(Failure::denied(None, reason));
     };
-    match world.policies.evaluate(&pod.namespace, &workload.policies, connection) {
+    verdict(world, &pod.namespace, workload, connection)
+}
+
+/// What the policies that apply to a workload in `namespace` say of a connection to it.
+pub fn verdict(
+    world: &World,
+    namespace: &str,
+    workload: &Workload,
+    connection: &policy::Connection,
+) -> Result<(), Failure> {
+    match world.policies.evaluate(namespace, &workload.policies, connection) {
         policy::Verdict::Allow => Ok(()),
         policy::Verdict::Deny { policy, reason } => {
             Err(Failure::denied(policy, format!("connection closed due to policy rejection: {reason}")))

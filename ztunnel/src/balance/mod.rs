@@ -39,7 +39,7 @@ pub enum NoEndpoint {
     NoneLocal,
 }
 
-/// A random endpoint, weighted by capacity, among those that are ready and match the service's preferences best.
+/// A random endpoint, weighted by capacity, among the candidates.
 pub fn choose(
     world: &World,
     service: &Service,
@@ -47,6 +47,16 @@ pub fn choose(
     client: Client<'_>,
     random: &mut fastrand::Rng,
 ) -> Result<Endpoint, NoEndpoint> {
+    draw(candidates(world, service, port, client)?, random).ok_or(NoEndpoint::NoneLocal)
+}
+
+/// The endpoints that are ready and match the service's preferences best.
+pub fn candidates(
+    world: &World,
+    service: &Service,
+    port: u16,
+    client: Client<'_>,
+) -> Result<Vec<Endpoint>, NoEndpoint> {
     let own_port = service.port(port).ok_or(NoEndpoint::NoSuchPort(port))?;
     let mut known = 0;
     let mut candidates: Vec<(Endpoint, usize)> = Vec::new();
@@ -74,7 +84,11 @@ pub fn choose(
         }
     }
     prefer_family(&mut candidates, client.dialled);
-    draw(candidates, random).ok_or(NoEndpoint::NoneLocal)
+    let total: u64 = candidates.iter().map(|(endpoint, _)| u64::from(endpoint.workload.capacity)).sum();
+    if total == 0 {
+        return Err(NoEndpoint::NoneLocal);
+    }
+    Ok(candidates.into_iter().map(|(endpoint, _)| endpoint).collect())
 }
 
 /// The address of an endpoint: of the dialled family if it has one.
@@ -90,19 +104,19 @@ fn prefer_family(candidates: &mut Vec<(Endpoint, usize)>, dialled: IpAddr) {
     }
 }
 
-fn draw(mut candidates: Vec<(Endpoint, usize)>, random: &mut fastrand::Rng) -> Option<Endpoint> {
-    let total: u64 = candidates.iter().map(|(endpoint, _)| u64::from(endpoint.workload.capacity)).sum();
+fn draw(mut candidates: Vec<Endpoint>, random: &mut fastrand::Rng) -> Option<Endpoint> {
+    let total: u64 = candidates.iter().map(|endpoint| u64::from(endpoint.workload.capacity)).sum();
     if total == 0 {
         return None;
     }
     let mut ticket = random.u64(0..total);
-    let chosen = candidates.iter().position(|(endpoint, _)| {
+    let chosen = candidates.iter().position(|endpoint| {
         let capacity = u64::from(endpoint.workload.capacity);
         let here = ticket < capacity;
         ticket = ticket.saturating_sub(capacity);
         here
     })?;
-    Some(candidates.swap_remove(chosen).0)
+    Some(candidates.swap_remove(chosen))
 }
 
 /// How many scopes match, from the first on. The network in first place weighs more than all others together, and

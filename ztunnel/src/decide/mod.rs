@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::{
-    balance::{self, Client},
+    balance::{self, Client, Endpoint, NoEndpoint},
     failure::{Failure, Flag},
     identity::Identity,
     state::{Service, ServiceMode, Workload, World},
@@ -52,6 +52,14 @@ pub enum Action {
     Refuse(Failure),
 }
 
+/// What a destination is.
+enum Found<'a> {
+    /// An endpoint has to be chosen.
+    Service(&'a Arc<Service>),
+    /// Nothing is left to choose.
+    Route(Route),
+}
+
 /// Whether a port may not be dialled on an enrolled pod: a tunnel to the tunnel's own port would call ztunnel
 /// through itself. All other ports are the app's.
 pub fn is_self_call(port: u16) -> bool {
@@ -65,48 +73,73 @@ pub fn outbound(
     destination: SocketAddr,
     random: &mut fastrand::Rng,
 ) -> Route {
+    match look_up(world, source, destination) {
+        Found::Route(route) => route,
+        Found::Service(service) => {
+            let client = client(world, source, destination);
+            match balance::choose(world, service, destination.port(), client, random) {
+                Ok(endpoint) => to_endpoint(world, source, service, endpoint),
+                Err(cause) => no_upstream(service, destination, cause),
+            }
+        }
+    }
+}
+
+/// Every outcome that [`outbound`] may have for the connection, which depends on chance where a service has several
+/// endpoints.
+pub fn outcomes(world: &World, source: Source<'_>, destination: SocketAddr) -> Vec<Route> {
+    match look_up(world, source, destination) {
+        Found::Route(route) => vec![route],
+        Found::Service(service) => {
+            let client = client(world, source, destination);
+            match balance::candidates(world, service, destination.port(), client) {
+                Ok(endpoints) => endpoints
+                    .into_iter()
+                    .filter(|endpoint| endpoint.workload.capacity > 0)
+                    .map(|endpoint| to_endpoint(world, source, service, endpoint))
+                    .collect(),
+                Err(cause) => vec![no_upstream(service, destination, cause)],
+            }
+        }
+    }
+}
+
+fn look_up<'a>(world: &'a World, source: Source<'_>, destination: SocketAddr) -> Found<'a> {
     if source.addresses.contains(&destination.ip()) {
         let own = world.workload(source.workload_uid).cloned();
-        return Route::new(None, own, to_self(destination));
+        return Found::Route(Route::new(None, own, to_self(destination)));
     }
     if let Some(service) = world.service_by_address(destination.ip(), source.namespace) {
-        return to_service(world, source, service, destination, random);
+        let route = |action| Found::Route(Route::new(Some(Arc::clone(service)), None, action));
+        if service.has_waypoint {
+            return route(refuse_waypoint(&format!("service {}", service.key())));
+        }
+        if service.mode == ServiceMode::Passthrough {
+            return route(Action::Plain(destination));
+        }
+        return Found::Service(service);
     }
-    match world.workload_by_address(destination.ip()) {
+    Found::Route(match world.workload_by_address(destination.ip()) {
         Some(workload) if !workload.host_network => {
             let action = to_workload(world, source, workload, destination);
             Route::new(None, Some(Arc::clone(workload)), action)
         }
         _ => Route::new(None, None, Action::Plain(destination)),
-    }
+    })
 }
 
-fn to_service(
-    world: &World,
-    source: Source<'_>,
-    service: &Arc<Service>,
-    destination: SocketAddr,
-    random: &mut fastrand::Rng,
-) -> Route {
-    let route = |workload, action| Route::new(Some(Arc::clone(service)), workload, action);
-    if service.has_waypoint {
-        return route(None, refuse_waypoint(&format!("service {}", service.key())));
-    }
-    if service.mode == ServiceMode::Passthrough {
-        return route(None, Action::Plain(destination));
-    }
-    let client =
-        Client { workload: world.workload(source.workload_uid).map(Arc::as_ref), dialled: destination.ip() };
-    match balance::choose(world, service, destination.port(), client, random) {
-        Ok(endpoint) => {
-            let action = to_workload(world, source, &endpoint.workload, endpoint.address);
-            route(Some(endpoint.workload), action)
-        }
-        Err(cause) => {
-            let reason = format!("no healthy upstream for {}:{}: {cause}", service.key(), destination.port());
-            route(None, Action::Refuse(Failure::new(Flag::Connect, reason)))
-        }
-    }
+fn client<'a>(world: &'a World, source: Source<'_>, destination: SocketAddr) -> Client<'a> {
+    Client { workload: world.workload(source.workload_uid).map(Arc::as_ref), dialled: destination.ip() }
+}
+
+fn to_endpoint(world: &World, source: Source<'_>, service: &Arc<Service>, endpoint: Endpoint) -> Route {
+    let action = to_workload(world, source, &endpoint.workload, endpoint.address);
+    Route::new(Some(Arc::clone(service)), Some(endpoint.workload), action)
+}
+
+fn no_upstream(service: &Arc<Service>, destination: SocketAddr, cause: NoEndpoint) -> Route {
+    let reason = format!("no healthy upstream for {}:{}: {cause}", service.key(), destination.port());
+    Route::new(Some(Arc::clone(service)), None, Action::Refuse(Failure::new(Flag::Connect, reason)))
 }
 
 fn to_workload(world: &World, source: Source<'_>, workload: &Workload, address: SocketAddr) -> Action {

@@ -137,6 +137,46 @@ fn a_services_endpoint_that_is_the_client_itself_is_called_directly() {
 }
 
 #[test]
+fn the_outcomes_are_what_is_decided_by_chance() {
+    let mut world = world();
+    for (name, address) in [("one", "10.0.0.20"), ("two", "10.0.0.21")] {
+        world.put(endpoint(pod(name, &[address]), "ns1/many", &[port(80, 8080)])).unwrap();
+    }
+    let idle = wds::Workload { capacity: Some(0), ..pod("idle", &["10.0.0.22"]) };
+    world.put(endpoint(idle, "ns1/many", &[port(80, 8080)])).unwrap();
+    world.put(service("ns1", "many", &["10.10.0.7"])).unwrap();
+    let (addresses, client) = (OWN.map(ip), uid("client"));
+    let source = Source { workload_uid: &client, namespace: "ns1", addresses: &addresses };
+    let mut random = fastrand::Rng::with_seed(1);
+    for (destination, count) in [
+        ("198.51.100.1:443", 1),
+        ("203.0.113.7:443", 1),
+        ("10.0.0.1:8080", 1),
+        ("10.0.0.5:80", 1),
+        ("10.10.0.1:80", 1),
+        ("10.10.0.3:80", 1),
+        ("10.10.0.4:80", 1),
+        ("10.10.0.7:80", 2),
+    ] {
+        let destination: SocketAddr = destination.parse().unwrap();
+        let mut drawn = Vec::new();
+        for _ in 0..100 {
+            let action = outbound(&world, source, destination, &mut random).action;
+            if !drawn.contains(&action) {
+                drawn.push(action);
+            }
+        }
+        let mut all: Vec<Action> =
+            outcomes(&world, source, destination).into_iter().map(|route| route.action).collect();
+        for actions in [&mut drawn, &mut all] {
+            actions.sort_by_key(|action| format!("{action:?}"));
+        }
+        assert_eq!(all, drawn, "{destination}");
+        assert_eq!(all.len(), count, "{destination}");
+    }
+}
+
+#[test]
 fn the_route_names_service_and_workload() {
     let world = world();
     let by_service = route(&world, "10.10.0.1:80");

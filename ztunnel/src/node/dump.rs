@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, sync::atomic::Ordering::Relaxed, time::UNIX_EPOCH};
 
+use super::explain;
 use crate::{
     app::App,
     connections::{Connection, Direction, Peer},
@@ -19,6 +20,9 @@ pub fn reply(app: &App, request: &DumpRequest) -> DumpReply {
         DumpKind::Certificates => Body::Certificates(certificates(app)),
         DumpKind::Workloads => Body::Workloads(workloads(&app.world())),
         DumpKind::Services => Body::Services(services(&app.world())),
+        DumpKind::Explanation => {
+            Body::Explanation(explain::explain(app, &request.explain.clone().unwrap_or_default()))
+        }
     };
     DumpReply { id: request.id, body: Some(body) }
 }

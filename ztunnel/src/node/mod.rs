@@ -3,6 +3,7 @@
 
 mod apply;
 mod dump;
+mod explain;
 mod frame;
 mod orphans;
 

@@ -4,7 +4,10 @@
 //! values of a field ORed. A rule without clauses and a clause without matches hold always, a match without fields
 //! never (Istio's ztunnel, src/rbac.rs).
 
-use std::net::IpAddr;
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use super::Connection;
 use crate::{
@@ -132,7 +135,18 @@ impl Rules {
     }
 
     pub(super) fn match_any(&self, facts: &Facts<'_>) -> bool {
-        self.0.iter().any(|rule| rule.holds(facts))
+        self.first_match(facts).is_some()
+    }
+
+    /// Index of the first rule that matches.
+    pub(super) fn first_match(&self, facts: &Facts<'_>) -> Option<usize> {
+        self.0.iter().position(|rule| rule.holds(facts))
+    }
+
+    /// Of each rule that does not match: its index, and the conditions that do not hold.
+    pub(super) fn misses(&self, facts: &Facts<'_>) -> Vec<(usize, String)> {
+        let rules = self.0.iter().enumerate().filter(|(_, rule)| !rule.holds(facts));
+        rules.map(|(index, rule)| (index, rule.misses(facts))).collect()
     }
 }
 
@@ -143,7 +157,13 @@ impl Rule {
     }
 
     fn holds(&self, facts: &Facts<'_>) -> bool {
-        self.0.iter().all(|clause| clause.0.iter().any(|m| m.holds(facts)))
+        self.0.iter().all(|clause| clause.holds(facts))
+    }
+
+    fn misses(&self, facts: &Facts<'_>) -> String {
+        let failed = self.0.iter().filter(|clause| !clause.holds(facts));
+        let texts: Vec<String> = failed.map(|clause| clause.misses(facts)).collect();
+        texts.join(" and ")
     }
 }
 
@@ -155,6 +175,18 @@ impl Clause {
         }
         let matches = each("matches", &clause.matches, Match::compile)?;
         Ok(Some(Self(matches.into_iter().flatten().collect())))
+    }
+
+    fn holds(&self, facts: &Facts<'_>) -> bool {
+        self.0.iter().any(|m| m.holds(facts))
+    }
+
+    fn misses(&self, facts: &Facts<'_>) -> String {
+        if self.0.is_empty() {
+            return "something that never holds".to_owned();
+        }
+        let texts: Vec<String> = self.0.iter().map(|m| m.misses(facts).join(", ")).collect();
+        if texts.len() == 1 { texts.concat() } else { format!("({})", texts.join(" or ")) }
     }
 }
 
@@ -200,6 +232,38 @@ impl Match {
             && self.namespaces.holds(|pattern| identity.is_some_and(|i| pattern.matches(&[&i.namespace])))
             && self.service_accounts.holds(|account| identity.is_some_and(|i| account.matches(i)))
             && self.principals.holds(|pattern| identity.is_some_and(|i| pattern.matches_principal(i)))
+    }
+
+    /// The fields that do not hold, with what they demand.
+    fn misses(&self, facts: &Facts<'_>) -> Vec<String> {
+        let identity = facts.identity;
+        let fields = [
+            self.destination_ports.miss("port", |port| *port == facts.destination_port),
+            self.source_ips.miss("source address", |network| network.contains(facts.source)),
+            self.destination_ips.miss("destination address", |network| network.contains(facts.destination)),
+            self.namespaces.miss("source namespace", |pattern| {
+                identity.is_some_and(|i| pattern.matches(&[&i.namespace]))
+            }),
+            self.service_accounts
+                .miss("service account", |account| identity.is_some_and(|i| account.matches(i))),
+            self.principals
+                .miss("principal", |pattern| identity.is_some_and(|i| pattern.matches_principal(i))),
+        ];
+        fields.into_iter().flatten().collect()
+    }
+}
+
+impl<T: fmt::Display> Field<T> {
+    /// `None`: it holds.
+    fn miss(&self, name: &str, predicate: impl Fn(&T) -> bool) -> Option<String> {
+        let list = |values: &[T]| values.iter().map(T::to_string).collect::<Vec<_>>().join(" or ");
+        if self.holds(&predicate) {
+            None
+        } else if self.none.iter().any(&predicate) {
+            Some(format!("{name} not {}", list(&self.none)))
+        } else {
+            Some(format!("{name} {}", list(&self.any)))
+        }
     }
 }
 
@@ -267,6 +331,17 @@ impl Pattern {
     }
 }
 
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exact(text) => f.write_str(text),
+            Self::Prefix(text) => write!(f, "{text}*"),
+            Self::Suffix(text) => write!(f, "*{text}"),
+            Self::Presence => f.write_str("* (any that is proven)"),
+        }
+    }
+}
+
 fn starts_with(pieces: &[&str], mut prefix: &[u8]) -> bool {
     for piece in pieces {
         let (head, rest) = prefix.split_at(piece.len().min(prefix.len()));
@@ -304,7 +379,26 @@ impl ServiceAccount {
     }
 }
 
+impl fmt::Display for ServiceAccount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
 // === impl Network ===
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::V4 { address, mask } => {
+                write!(f, "{}/{}", Ipv4Addr::from_bits(*address), mask.count_ones())
+            }
+            Self::V6 { address, mask } => {
+                write!(f, "{}/{}", Ipv6Addr::from_bits(*address), mask.count_ones())
+            }
+        }
+    }
+}
 
 impl Network {
     fn compile(m: &proto::Address) -> Result<Self, Uncompilable> {

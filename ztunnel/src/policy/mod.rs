@@ -70,6 +70,18 @@ pub struct Summary<'a> {
     pub error: Option<&'a str>,
 }
 
+/// One policy on one connection.
+#[derive(Clone, Debug)]
+pub struct Judgement<'a> {
+    pub policy: Summary<'a>,
+    /// It does not hold for this connection.
+    pub waived: bool,
+    /// Index of the first rule that matches.
+    pub rule: Option<usize>,
+    /// Of each rule that does not: its index, and what it demands.
+    pub misses: Vec<(usize, String)>,
+}
+
 /// Every policy that this node knows, ready for evaluation.
 #[derive(Clone, Debug, Default)]
 pub struct PolicySet {
@@ -172,6 +184,29 @@ impl PolicySet {
         self.applicable(workload_namespace, workload_policies)
             .filter(move |p| p.dry_run && p.rules.match_any(&facts))
             .map(|p| p.summary())
+    }
+
+    /// What each applicable policy says of a connection, in the order in which [`evaluate`](Self::evaluate) asks them:
+    /// it decides, this only explains.
+    pub fn judgements<'a>(
+        &'a self,
+        workload_namespace: &str,
+        workload_policies: &'a [String],
+        connection: &'a Connection,
+    ) -> Vec<Judgement<'a>> {
+        let facts = Facts::of(connection);
+        let of = |action| {
+            self.applicable(workload_namespace, workload_policies).filter(move |p| p.action == action)
+        };
+        of(Action::Deny)
+            .chain(of(Action::Allow))
+            .map(|policy| Judgement {
+                policy: policy.summary(),
+                waived: policy.transport && connection.in_transition,
+                rule: policy.rules.first_match(&facts),
+                misses: policy.rules.misses(&facts),
+            })
+            .collect()
     }
 
     fn applicable<'a>(

@@ -188,7 +188,7 @@ impl Node {
         let frame = AgentFrame {
             seq: 0,
             fds: 0,
-            body: Some(AgentBody::Dump(DumpRequest { id: 7, kind: kind.into() })),
+            body: Some(AgentBody::Dump(DumpRequest { id: 7, kind: kind.into(), explain: None })),
         };
         self.link.as_mut().unwrap().send(&frame, &[]).await.unwrap();
         match self.receive().await.0 {

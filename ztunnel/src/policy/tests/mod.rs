@@ -625,3 +625,26 @@ fn a_dry_run_policy_with_nonsense_is_reported_and_changes_nothing() {
         }
     }
 }
+
+#[test]
+fn judgements_name_the_rule_that_matches_and_what_the_others_demand() {
+    let on_port = |port| Match { destination_ports: vec![port], ..Match::default() };
+    let by = |text: &str| Match { principals: exact(text), ..Match::default() };
+    let mut set = PolicySet::default();
+    let rules = vec![
+        rule(vec![vec![on_port(1)]]),
+        rule(vec![vec![by("td/ns/other/sa/x")], vec![on_port(2), on_port(3)]]),
+        rule(vec![vec![on_port(8080)]]),
+    ];
+    set.upsert("ns/allow", &policy(Action::Allow, Scope::Namespace, "ns", rules)).expect("allow");
+    let banned = vec![rule(vec![vec![Match { not_principals: presence(), ..Match::default() }]])];
+    set.upsert("ns/deny", &policy(Action::Deny, Scope::Namespace, "ns", banned)).expect("deny");
+    let connection = tls();
+    let found = set.judgements("ns", &[], &connection);
+    let told: Vec<_> = found.iter().map(|j| (j.policy.name, j.rule)).collect();
+    assert_eq!(told, [("ns/deny", None), ("ns/allow", Some(2))]);
+    assert_eq!(found[0].misses, [(0, "principal not * (any that is proven)".to_owned())]);
+    let demanded = "principal td/ns/other/sa/x and (port 2 or port 3)";
+    assert_eq!(found[1].misses, [(0, "port 1".to_owned()), (1, demanded.to_owned())]);
+    assert_eq!(set.evaluate("ns", &[], &connection), Verdict::Allow);
+}
