@@ -1,6 +1,6 @@
 """The supervisor's FD store: it keeps duplicates of listeners while the agent itself is down.
 
-Protocol: ztunnel's supervise mode; one datagram a message on a SOCK_SEQPACKET pair.
+Protocol: ztunnel's supervise mode, and its keep mode (see `keeper`); one datagram a message on SOCK_SEQPACKET.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class FdStore(Protocol):
 
 
 class SupervisorStore:
-    """The store of the supervisor that started us."""
+    """The store of the supervisor that started us, or whoever speaks its protocol."""
 
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, channel: socket.socket, seconds: float | None = None) -> None:
         self._channel = channel
-        self._channel.settimeout(_ANSWER_TIMEOUT_S)
+        self._channel.settimeout(_ANSWER_TIMEOUT_S if seconds is None else seconds)
 
     def store(self, name: str, fds: Sequence[int]) -> None:
         """Keeps duplicates under the name, in place of what was there.
@@ -59,7 +59,9 @@ class SupervisorStore:
             if message == b"end":
                 return kept
             if not message:
-                raise ConnectionError("the supervisor closed the FD store's channel: restart the container")
+                raise ConnectionError(
+                    "the FD store closed its channel: the supervisor's comes back with a restart of the container"
+                )
             verb, _, name = message.decode(errors="replace").partition(" ")
             if verb == "fds" and name not in kept:
                 kept[name] = fds

@@ -24,6 +24,8 @@ from undermesh.agent.enrolled_namespaces import FILE_NAME as NAMESPACES_FILE
 from undermesh.agent.enrolled_namespaces import EnrolledNamespaces
 from undermesh.agent.fd_store import FdStore
 from undermesh.agent.features import Check
+from undermesh.agent.keeper import SOCKET_NAME as KEEPER_SOCKET
+from undermesh.agent.keeper import LastingStore
 from undermesh.agent.node_kernel import NodeKernel
 from undermesh.agent.object_source import open_source
 from undermesh.agent.pod_kernel import KernelContext
@@ -64,11 +66,12 @@ class NodeAgent:
         netns.threads()  # their home is the node's namespace, in which this thread is
         self._capture = node_capture.load(settings.bpf_dir, settings.pins, settings.cgroup_root)
         self._kernel = NodeKernel(self._capture, cgroups.open_tree(settings.cgroup_root))
+        self._store = LastingStore(store, settings.run_dir / KEEPER_SOCKET)
         context = KernelContext(
             settings.bpf_dir,
             self._capture,
             PodRecords(settings.run_dir / "pods"),
-            store,
+            self._store,
         )
         self._source = open_source(settings.source, settings.node, settings.run_dir)
         self._namespaces = EnrolledNamespaces(settings.state_dir)
@@ -118,6 +121,7 @@ class NodeAgent:
         await self._api.start(self.settings.run_dir / "agent.sock")
         try:
             async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._store.run(), name="keeper")
                 tasks.create_task(self._certificates.run(), name="certificates")
                 tasks.create_task(self._feed_certificates(), name="certificates to ztunnel")
                 tasks.create_task(self._xds.run(), name="xds")
@@ -131,6 +135,7 @@ class NodeAgent:
             await self.link.stop()
             await self._api.stop()
             await self._control.close()
+            self._store.close()
             self._capture.close()
 
     def _adopt_xds_state(self) -> None:

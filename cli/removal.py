@@ -20,6 +20,7 @@ from undermesh.api.kubernetes.errors import Conflict, NotFound, ServerFault, Thr
 from undermesh.cli.errors import CliError
 
 NODE_DAEMONSET: Final = "undermesh-node"
+KEEPER_DAEMONSET: Final = "undermesh-keeper"
 CLEANER: Final = "undermesh-uninstall"
 """The ConfigMap that holds the DaemonSet, and the DaemonSet that cleans the nodes."""
 _AWAIT: Final = "await"
@@ -58,6 +59,7 @@ class Removal:
         await self._create(cleaner)
         await self._until("pods are still in the mesh", self._not_plain, grace + _MARGIN_SECONDS)
         self._say("undermesh leaves the nodes")
+        await self._delete(KEEPER_DAEMONSET)
         await self._delete(NODE_DAEMONSET)
         await self._until("undermesh is still there", self._not_clean, _MARGIN_SECONDS)
         await self._delete(CLEANER)

@@ -365,6 +365,14 @@ _DEATH = Promise(
     longest=5.0,
     grace=3.0,
 )
+_NO_SUCCESSOR = Promise(
+    "what is open through it is reset at the end of its grace; what is new waits for the next pod; none refused",
+    _through_ztunnel,
+    frozenset({Kind.RESET, Kind.UNSEEN, *TIMING, *RECORDS}),
+    TIMING,
+    longest=14.0,
+    grace=3.0,
+)
 _LOST_POD = Promise(
     "connections with the pod end; those with its successor are right",
     _with_pod,
@@ -390,7 +398,7 @@ PROMISES: Mapping[str, Promise] = {
     events.FULL: _DENIAL,
     "ztunnel-kill": _DEATH,
     "memory-limit": _DEATH,
-    "agent-pod": _DEATH,
+    "agent-pod": _NO_SUCCESSOR,
     "rollout": _NEW_LOGS,
     "fd-limit": Promise(
         "new ones wait, or end with an error; what is open goes on",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CHART = Path(__file__).resolve().parents[2] / "daemonset/chart"
 RELEASE = "undermesh"
 NAMESPACE = "undermesh-system"
-_ROLLOUTS = ("deployment/undermesh", "daemonset/undermesh-node")
+_ROLLOUTS = ("deployment/undermesh", "daemonset/undermesh-keeper", "daemonset/undermesh-node")
 NODE_PODS = "app.kubernetes.io/name=undermesh-node"
 """Selects the pods of the DaemonSet."""
 _VERSION = "app.kubernetes.io/version"

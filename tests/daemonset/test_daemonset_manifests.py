@@ -25,6 +25,7 @@ from manifests import (
 )
 
 from undermesh.agent import features, settings
+from undermesh.agent import keeper as keeper_module
 from undermesh.controlplane import options
 
 SYSTEM = "undermesh-system"
@@ -178,6 +179,19 @@ def test_only_the_agent_s_container_holds_a_token_and_the_host_s_directories() -
     assert [mount["name"] for mount in container(pod, "ztunnel")["volumeMounts"]] == ["run"]
 
 
+def test_the_keeper_of_listeners_may_do_nothing_but_keep() -> None:
+    pod = the("DaemonSet", "undermesh-keeper")["spec"]["template"]["spec"]
+    (keeper,) = pod["containers"]
+    security = keeper["securityContext"]
+    assert security["capabilities"] == {"drop": ["ALL"]} and security["readOnlyRootFilesystem"]
+    assert not security["allowPrivilegeEscalation"] and not security["privileged"]
+    assert pod["automountServiceAccountToken"] is False and "hostPID" not in pod
+    (volume,) = (v["hostPath"]["path"] for v in pod["volumes"])
+    run = next(v["hostPath"]["path"] for v in node_pod()["volumes"] if v["name"] == "run")
+    assert volume == run and keeper["command"][-1] == f"{run}/{keeper_module.SOCKET_NAME}"
+    assert all(pod[same] == node_pod()[same] for same in ("nodeSelector", "tolerations", "hostNetwork"))
+
+
 def test_the_parts_understand_their_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = [arg.replace("$(NODE_NAME)", "n1") for arg in container(node_pod(), "agent")["args"]]
     args = [arg.replace("/host/sys/fs/cgroup", str(tmp_path)) for arg in args]
@@ -213,6 +227,7 @@ controlplane: {replicas: 1, logLevel: debug, logFormat: json, resources: {limits
   nodeSelector: {pool: system}, tolerations: [{key: system}], affinity: {podAntiAffinity: {}}}
 agent: {logLevel: warning, resources: {requests: {cpu: 7m}}}
 ztunnel: {logLevel: trace, resources: {requests: {cpu: 8m}}, drainGraceSeconds: 70, stopGraceSeconds: 9}
+keeper: {resources: {requests: {cpu: 9m}}}
 node: {nodeSelector: {pool: all}, tolerations: [{key: none}]}
 cni: {binDir: /home/kubernetes/bin, confDir: /etc/cni/other}
 uninstall: {graceSeconds: 7}
@@ -239,6 +254,9 @@ async def test_every_value_arrives_where_it_belongs(kubectl: Kubectl, tmp_path: 
     assert node["terminationGracePeriodSeconds"] == 100
     assert (agent["resources"]["requests"]["cpu"], ztunnel["resources"]["requests"]["cpu"]) == ("7m", "8m")
     assert controlplane["resources"]["limits"] == {"memory": "1Gi"}
+    keeper = the("DaemonSet", "undermesh-keeper", option)["spec"]["template"]["spec"]
+    assert keeper["containers"][0]["resources"] == {"requests": {"cpu": "9m", "memory": "8Mi"}}
+    assert keeper["nodeSelector"] == node["nodeSelector"] and keeper["tolerations"] == node["tolerations"]
     assert node["nodeSelector"] == {"kubernetes.io/os": "linux", "pool": "all"}
     assert plane["nodeSelector"] == {"kubernetes.io/os": "linux", "pool": "system"}
     assert (node["tolerations"], plane["tolerations"]) == ([{"key": "none"}], [{"key": "system"}])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -126,9 +127,33 @@ print(json.dumps(found))
 """
 
 
-def test_a_rolling_update_of_the_node_pods_ends_no_connection_and_refuses_none(meshed: KubeCluster) -> None:
-    pod = json.loads(meshed.kubectl("get", "pod", "web", "-n", "shop", "-o", "json"))
+@contextlib.contextmanager
+def talking(cluster: KubeCluster) -> Iterator[Future[subprocess.CompletedProcess[str]]]:
+    """Held and fresh connections from the one pod to the other, over IPv4 and IPv6, until the end of the block."""
+    pod = json.loads(cluster.kubectl("get", "pod", "web", "-n", "shop", "-o", "json"))
     hosts = [address["ip"] for address in pod["status"]["podIPs"]]
+    names = ("client", "web")
+
+    def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return cluster.run_kubectl("exec", "-n", "shop", name, "--", "python3", "-c", *arguments, seconds=150.0)
+
+    for name in names:
+        cluster.kubectl("exec", "-n", "shop", name, "--", "rm", "-f", "/tmp/stop")
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            pool.submit(script, "web", ECHO)
+            dial = "import socket; socket.create_connection(('localhost', 8080))"
+            listening = ("exec", "-n", "shop", "web", "--", "python3", "-c", dial)
+            wait_for("the echo", 10, lambda: cluster.run_kubectl(*listening).returncode == 0)
+            talk = pool.submit(script, "client", TALKER, *hosts)
+            wait_for("a tunnel", 10, lambda: tunnels(cluster) > 0)
+            yield talk
+        finally:
+            for name in names:
+                cluster.kubectl("exec", "-n", "shop", name, "--", "touch", "/tmp/stop")
+
+
+def test_a_rolling_update_of_the_node_pods_ends_no_connection_and_refuses_none(meshed: KubeCluster) -> None:
     before = {node: undermesh(meshed, node, "status") for node in ("node1", "node2")}
 
     def replaced(node: str) -> bool:
@@ -138,28 +163,15 @@ def test_a_rolling_update_of_the_node_pods_ends_no_connection_and_refuses_none(m
             return False  # between two agents
         return all(new[part]["pid"] not in (before[node][part]["pid"], 0) for part in ("agent", "ztunnel"))
 
-    def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return meshed.run_kubectl("exec", "-n", "shop", name, "--", "python3", "-c", *arguments, seconds=150.0)
-
-    with ThreadPoolExecutor(2) as pool:
-        try:
-            pool.submit(script, "web", ECHO)
-            dial = "import socket; socket.create_connection(('localhost', 8080))"
-            listening = ("exec", "-n", "shop", "web", "--", "python3", "-c", dial)
-            wait_for("the echo", 10, lambda: meshed.run_kubectl(*listening).returncode == 0)
-            talk = pool.submit(script, "client", TALKER, *hosts)
-            wait_for("a tunnel", 10, lambda: tunnels(meshed) > 0)
-            meshed.kubectl("rollout", "restart", "-n", mesh.NAMESPACE, "daemonset/undermesh-node")
-            status = ("rollout", "status", "-n", mesh.NAMESPACE, "daemonset/undermesh-node", "--timeout=100s")
-            meshed.kubectl(*status, seconds=105.0)
-            # kubectl counts it as done when the last node has both pods.
-            wait_for("the new pods' turn on both nodes", 60, lambda: all(replaced(node) for node in before))
-            after = {node: undermesh(meshed, node, "status") for node in before}
-            time.sleep(1.0)
-        finally:
-            for name in ("client", "web"):
-                meshed.kubectl("exec", "-n", "shop", name, "--", "touch", "/tmp/stop")
-        found = json.loads(talk.result().stdout)
+    with talking(meshed) as talk:
+        meshed.kubectl("rollout", "restart", "-n", mesh.NAMESPACE, "daemonset/undermesh-node")
+        status = ("rollout", "status", "-n", mesh.NAMESPACE, "daemonset/undermesh-node", "--timeout=100s")
+        meshed.kubectl(*status, seconds=105.0)
+        # kubectl counts it as done when the last node has both pods.
+        wait_for("the new pods' turn on both nodes", 60, lambda: all(replaced(node) for node in before))
+        after = {node: undermesh(meshed, node, "status") for node in before}
+        time.sleep(1.0)
+    found = json.loads(talk.result().stdout)
     assert found["errors"] == []
     assert found["held"] > 50 and found["fresh"] > 50
     for node, old in before.items():
@@ -170,6 +182,29 @@ def test_a_rolling_update_of_the_node_pods_ends_no_connection_and_refuses_none(m
         return len(pods["items"]) == 2
 
     wait_for("the old pods' end", 20, one_pod_on_each_node)
+
+
+def test_while_a_deleted_node_pod_is_replaced_connections_wait_and_none_is_refused(meshed: KubeCluster) -> None:
+    """The keeper holds their listeners."""
+    old = mesh.node_pod(meshed.kubectl, "node1")["metadata"]["name"]
+
+    def replaced() -> bool:
+        pods = json.loads(meshed.kubectl("get", "pods", "-n", mesh.NAMESPACE, "-l", mesh.NODE_PODS, "-o", "json"))
+        names = [pod["metadata"]["name"] for pod in pods["items"]]
+        return len(names) == 2 and old not in names and all(is_ready(pod) for pod in pods["items"])
+
+    with talking(meshed) as talk:
+        meshed.kubectl("delete", "pod", old, "-n", mesh.NAMESPACE, "--wait=false")
+        wait_for("the next node pod", 60, replaced)
+        time.sleep(1.0)
+    found = json.loads(talk.result().stdout)
+    # What was open is reset at the end of the old ztunnel's grace.
+    assert [error for error in found["errors"] if error[0] != "held" or "Reset" not in error[2]] == []
+    assert found["held"] > 50 and found["fresh"] > 50
+
+
+def is_ready(pod: Any) -> bool:
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", ()))
 
 
 def test_pods_of_a_rebooted_node_are_enrolled_again_at_their_new_addresses(meshed: KubeCluster) -> None:

@@ -9,6 +9,7 @@ pub const USAGE: &str = "usage:
               [--log-level error|warn|info|debug|trace] [--workers N]
               [--drain-grace SECONDS] [--stop-grace SECONDS]
   ztunnel supervise [--store NAME | --hand-over] -- CMD ARGS...
+  ztunnel keep SOCKET
   ztunnel version";
 
 const OPTIONS: [&str; 8] = [

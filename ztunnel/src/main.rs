@@ -1,4 +1,4 @@
-//! `ztunnel run` and `ztunnel supervise`.
+//! `ztunnel run`, `ztunnel supervise` and `ztunnel keep`.
 
 use std::process::ExitCode;
 
@@ -19,6 +19,7 @@ fn main() -> ExitCode {
             Err(error) => usage(&format!("run: {error}")),
         },
         Some("supervise") => ExitCode::from(supervise::main(args)),
+        Some("keep") => ExitCode::from(supervise::keep::main(args)),
         Some("version" | "--version") => {
             println!("ztunnel {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS

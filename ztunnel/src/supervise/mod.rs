@@ -14,6 +14,7 @@
 //!
 //! The child outlives a supervisor that is killed.
 
+pub mod keep;
 mod store;
 
 use std::{

@@ -1,6 +1,7 @@
-//! The FD store: keeps duplicates of the child's FDs while the child is dead.
+//! The FD store: keeps duplicates of a client's FDs while the client is dead. The client is the supervisor's child, or
+//! for `ztunnel keep` whoever is connected.
 //!
-//! One datagram a message on a SOCK_SEQPACKET pair. The child sends `store NAME` with 1 to 16 FDs (replaces what NAME
+//! One datagram a message on a SOCK_SEQPACKET pair. The client sends `store NAME` with 1 to 16 FDs (replaces what NAME
 //! held), `drop NAME` and `list`; the answer to `list` is `fds NAME` with the FDs for each name, in order, then
 //! `end`. While answers wait to be read no further message is taken. Bad messages get no answer and are logged.
 
@@ -38,16 +39,22 @@ const FLIGHT_RETRY: Duration = Duration::from_millis(10);
 
 const SEND: SendFlags = SendFlags::DONTWAIT.union(SendFlags::NOSIGNAL);
 
+/// A supervisor's store, whose client is its child.
 pub(super) struct FdStore {
-    ours: OwnedFd,
+    channel: Channel,
     /// Inherited by each child in turn.
     childs: OwnedFd,
+}
+
+/// What is kept, and the connection to one client.
+#[derive(Default)]
+pub(super) struct Channel {
+    /// `None`: there is no client, or it has shut the connection down.
+    ours: Option<OwnedFd>,
     kept: BTreeMap<String, Vec<OwnedFd>>,
     answers: VecDeque<Answer>,
     /// No room for FDs in flight before this time.
     retry_at: Option<Instant>,
-    /// A child has shut the pair down: the next one gets a new pair.
-    broken: bool,
 }
 
 enum Answer {
@@ -72,38 +79,77 @@ enum Request<'a> {
 impl FdStore {
     pub(super) fn new() -> io::Result<Self> {
         let (ours, childs) = pair()?;
-        Ok(Self {
-            ours,
-            childs,
-            kept: BTreeMap::new(),
-            answers: VecDeque::new(),
-            retry_at: None,
-            broken: false,
-        })
+        let mut channel = Channel::default();
+        channel.connect(ours);
+        Ok(Self { channel, childs })
     }
 
     /// The number of the FD that the child which is started next inherits.
     pub(super) fn for_child(&mut self) -> io::Result<RawFd> {
-        if self.broken || !self.reaches_child() {
-            (self.ours, self.childs) = pair()?;
-            self.broken = false;
+        if !self.reaches_child() {
+            let (ours, childs) = pair()?;
+            self.channel.connect(ours);
+            self.childs = childs;
         }
         Ok(self.childs.as_raw_fd())
     }
 
     /// Nothing else tells that a child has shut down the direction towards itself. No child runs meanwhile.
     fn reaches_child(&self) -> bool {
-        send(&self.ours, b"probe", SEND).is_ok() && matches!(receive(&self.childs), Received::Message(..))
+        self.channel.ours.as_ref().is_some_and(|ours| {
+            send(ours, b"probe", SEND).is_ok() && matches!(receive(&self.childs), Received::Message(..))
+        })
     }
 
     /// What to poll for; `None`: nothing, until the next child is started.
+    pub(super) fn interest(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        self.channel.interest()
+    }
+
+    /// When to call [`Self::turn`] even if nothing is ready.
+    pub(super) fn timeout(&self) -> Option<Duration> {
+        self.channel.timeout()
+    }
+
+    /// Takes messages and sends answers, without blocking.
+    pub(super) fn turn(&mut self, ready: PollFlags) {
+        let was_there = self.channel.ours.is_some();
+        self.channel.turn(ready);
+        if was_there && self.channel.ours.is_none() {
+            say(format_args!("the FD store channel is of no use until the next child gets a new one"));
+        }
+    }
+
+    /// Carries out what the child has sent before its end; what it was to read is for nobody now.
+    pub(super) fn child_ended(&mut self) {
+        self.channel.drain();
+        while self.channel.ours.is_some() && !matches!(receive(&self.childs), Received::Nothing) {}
+    }
+}
+
+// === impl Channel ===
+
+impl Channel {
+    /// Serves another client from now on; what is kept stays.
+    pub(super) fn connect(&mut self, ours: OwnedFd) {
+        self.disconnect();
+        self.ours = Some(ours);
+    }
+
+    fn disconnect(&mut self) {
+        self.ours = None;
+        self.answers.clear();
+        self.retry_at = None;
+    }
+
+    /// What to poll for; `None`: nothing, until the next client comes.
     pub(super) fn interest(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
         let flags = match (self.retry_at, self.answers.is_empty()) {
             (Some(_), _) => PollFlags::empty(),
             (None, true) => PollFlags::IN,
             (None, false) => PollFlags::OUT,
         };
-        (!self.broken).then(|| (self.ours.as_fd(), flags | PollFlags::RDHUP))
+        self.ours.as_ref().map(|ours| (ours.as_fd(), flags | PollFlags::RDHUP))
     }
 
     /// When to call [`Self::turn`] even if nothing is ready.
@@ -113,9 +159,6 @@ impl FdStore {
 
     /// Takes messages and sends answers, without blocking.
     pub(super) fn turn(&mut self, ready: PollFlags) {
-        if self.broken {
-            return;
-        }
         if self.retry_at.is_some_and(|at| at <= Instant::now()) {
             self.retry_at = None;
         }
@@ -126,33 +169,24 @@ impl FdStore {
             }
         }
         if ready.intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR) {
-            self.give_up(format_args!("the child has shut it down"));
+            self.drain();
+            self.disconnect();
         }
     }
 
-    fn give_up(&mut self, cause: fmt::Arguments<'_>) {
-        if !self.broken {
-            say(format_args!(
-                "the FD store channel is of no use until the next child gets a new one: {cause}"
-            ));
-        }
-        self.answers.clear();
-        self.broken = true;
-    }
-
-    /// Carries out what the child has sent before its end; what it was to read is for nobody now.
-    pub(super) fn child_ended(&mut self) {
+    /// Carries out what the client has sent, though it reads no answer any more.
+    fn drain(&mut self) {
         self.answers.clear();
         self.retry_at = None;
-        while !self.broken && self.take_message() {
+        while self.take_message() {
             self.answers.clear();
         }
-        while !self.broken && !matches!(receive(&self.childs), Received::Nothing) {}
     }
 
     /// False: there was none.
     fn take_message(&mut self) -> bool {
-        match receive(&self.ours) {
+        let Some(ours) = &self.ours else { return false };
+        match receive(ours) {
             Received::Nothing => return false,
             Received::Bad(cause) => refuse(format_args!("{cause}")),
             Received::Message(text, fds) => self.carry_out(&text, fds),
@@ -184,8 +218,8 @@ impl FdStore {
         if self.retry_at.is_some() {
             return;
         }
-        while let Some(answer) = self.answers.front() {
-            match self.answer(answer) {
+        while let (Some(ours), Some(answer)) = (&self.ours, self.answers.front()) {
+            match self.answer(ours, answer) {
                 Ok(()) => drop(self.answers.pop_front()),
                 Err(Errno::AGAIN) => return,
                 Err(Errno::INTR) => {}
@@ -194,14 +228,15 @@ impl FdStore {
                     return;
                 }
                 Err(cause) => {
-                    self.give_up(format_args!("cannot send: {cause}"));
+                    say(format_args!("FD store: cannot answer: {cause}"));
+                    self.disconnect();
                     return;
                 }
             }
         }
     }
 
-    fn answer(&self, answer: &Answer) -> rustix::io::Result<()> {
+    fn answer(&self, ours: &OwnedFd, answer: &Answer) -> rustix::io::Result<()> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         let fds: Vec<BorrowedFd<'_>>;
@@ -214,7 +249,7 @@ impl FdStore {
                 format!("fds {name}")
             }
         };
-        sendmsg(&self.ours, &[IoSlice::new(text.as_bytes())], &mut ancillary, SEND).map(drop)
+        sendmsg(ours, &[IoSlice::new(text.as_bytes())], &mut ancillary, SEND).map(drop)
     }
 }
 
@@ -266,7 +301,7 @@ fn receive(socket: &OwnedFd) -> Received {
 }
 
 fn refuse(cause: fmt::Arguments<'_>) {
-    say(format_args!("FD store: ignored a request of the child: {cause}"));
+    say(format_args!("FD store: ignored a request: {cause}"));
 }
 
 // === impl Request ===
