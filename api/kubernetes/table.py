@@ -20,7 +20,7 @@ from undermesh.api.problems import Problem
 
 
 class _HeadMeta(msgspec.Struct, rename="camel"):
-    name: str
+    name: str = ""
     namespace: str = ""
     uid: str = ""
     resource_version: str = ""
@@ -126,7 +126,7 @@ class Table(Generic[T]):
         Raises:
             DecodeError: the event names no object at all.
         """
-        head = self._head(data)
+        head = self._head(data, named=kind != "BOOKMARK")
         if kind == "BOOKMARK":
             changed = False
         elif kind == "DELETED":
@@ -174,8 +174,12 @@ class Table(Generic[T]):
         old = self._objects.get(key)
         return old if old is not None and old == obj else obj
 
-    def _head(self, data: bytes) -> _HeadMeta:
+    def _head(self, data: bytes, *, named: bool = True) -> _HeadMeta:
+        """`named`: whether it is an object; that of a bookmark has nothing but a version."""
         try:
-            return _HEAD.decode(data).metadata
+            head = _HEAD.decode(data).metadata
         except (msgspec.DecodeError, RecursionError) as error:
-            raise DecodeError(f"an object without metadata.name ({error})", subject=self.resource.kind) from error
+            raise DecodeError(f"an object without metadata ({error})", subject=self.resource.kind) from error
+        if named and not head.name:
+            raise DecodeError("an object without metadata.name", subject=self.resource.kind)
+        return head

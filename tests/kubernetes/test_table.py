@@ -70,7 +70,7 @@ def test_a_bookmark_moves_only_the_version() -> None:
     state = table()
     state.apply("ADDED", raw(pod("a", resourceVersion="1")))
     before = state.snapshot()
-    assert not state.apply("BOOKMARK", raw({"metadata": {"name": "", "resourceVersion": "9"}}))
+    assert not state.apply("BOOKMARK", raw({"metadata": {"resourceVersion": "9", "creationTimestamp": None}}))
     assert state.version == "9" and state.snapshot() is before
 
 
