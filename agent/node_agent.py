@@ -33,6 +33,7 @@ from undermesh.agent.pod_record import PodRecords
 from undermesh.agent.pod_states import PodStates, from_kernel
 from undermesh.agent.reconciler import PodView, Reconciler
 from undermesh.agent.reports import Reporter
+from undermesh.agent.roots import fingerprints
 from undermesh.agent.settings import Settings
 from undermesh.agent.xds import XdsClient
 from undermesh.agent.xds_state import Batch, Resource
@@ -109,6 +110,7 @@ class NodeAgent:
         self._api = Api(self)
         self._state_known = False
         self._objects_known = False
+        self._new_roots = asyncio.Event()
         self._xds.on_connected.append(self._certificates.retry_now)
 
     async def run(self) -> None:
@@ -124,6 +126,7 @@ class NodeAgent:
                 tasks.create_task(self._store.run(), name="keeper")
                 tasks.create_task(self._certificates.run(), name="certificates")
                 tasks.create_task(self._feed_certificates(), name="certificates to ztunnel")
+                tasks.create_task(self._feed_roots(), name="roots to ztunnel")
                 tasks.create_task(self._xds.run(), name="xds")
                 tasks.create_task(self._reporter.run(), name="reports")
                 tasks.create_task(self._watch_source(), name="source")
@@ -198,11 +201,27 @@ class NodeAgent:
                     case RootsChanged(roots_pem):
                         self.link.hold_trust_bundle(roots_pem)
                         self._allow_snapshot()
-                        await self.link.set_trust_bundle(roots_pem)
+                        self._new_roots.set()
             except ZtunnelAway:
                 log.debug("ztunnel is away: it gets the certificate when it connects")
             except ZtunnelRefused as e:
                 log.error("ztunnel refused %s: %s", type(event).__name__, e)
+
+    async def _feed_roots(self) -> None:
+        """Passes the roots on, and tells the control plane once ztunnel goes by them: it waits for that before it signs
+        with a new one."""
+        while True:
+            await self._new_roots.wait()
+            self._new_roots.clear()
+            pem = self._certificates.roots_pem
+            try:
+                await self.link.apply_trust_bundle(pem)
+            except ZtunnelRefused as e:
+                log.error(
+                    "ztunnel refused the roots, the control plane signs with no new one until it takes them: %s", e
+                )
+            else:
+                self._reporter.trusts(fingerprints(pem))
 
     # === for the API ===
 

@@ -61,6 +61,7 @@ class Reporter:
         self._node = node
         self._settings = settings or ReportSettings()
         self._pods: tuple[PodReport, ...] = ()
+        self._roots: tuple[str, ...] = ()
         self._number = 0  # of the newest list; 0: nothing to report yet
         self._published = 0
         self._changed = asyncio.Event()
@@ -80,6 +81,16 @@ class Reporter:
             self._number += 1
             self._changed.set()
         return self._number
+
+    def trusts(self, roots: Iterable[str]) -> None:
+        """The roots by which ztunnel verifies peers from now on: SHA-256 in hex."""
+        listed = tuple(sorted(roots))
+        if listed == self._roots:
+            return
+        self._roots = listed
+        if self._number:
+            self._number += 1
+            self._changed.set()
 
     async def wait_published(self, number: int) -> None:
         """Returns when the list of this number, or a newer one, is known to every connected agent (or the
@@ -139,7 +150,7 @@ class Reporter:
 
     def _report(self, sequence: int) -> report_pb2.NodeReport:
         pods = [report_pb2.PodReport(uid=pod.uid, state=pod.state, error=pod.error) for pod in self._pods]
-        return report_pb2.NodeReport(node=self._node, sequence=sequence, pods=pods)
+        return report_pb2.NodeReport(node=self._node, sequence=sequence, pods=pods, roots=self._roots)
 
     def _answered(self, sequence: int, sent: dict[int, int]) -> None:
         numbers = [sent.pop(known) for known in sorted(sent) if known <= sequence]

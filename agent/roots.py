@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 
 MAX_BUNDLE_BYTES = 1 << 20  # a ConfigMap's limit
 
@@ -46,3 +47,8 @@ class RootBundle:
             ) from error
         self._pem, self._certificates = content, tuple(certificates)
         return content
+
+
+def fingerprints(pem: bytes) -> list[str]:
+    """How the control plane names them: SHA-256 of the DER, in hex."""
+    return [certificate.fingerprint(hashes.SHA256()).hex() for certificate in x509.load_pem_x509_certificates(pem)]

@@ -239,6 +239,13 @@ class ZtunnelLink:
         self._bundle = roots_pem
         await self._change(wire.AgentFrame(trust_bundle=wire.TrustBundle(roots_pem=roots_pem)))
 
+    async def apply_trust_bundle(self, roots_pem: bytes) -> None:
+        """As `set_trust_bundle`, and waits for a ztunnel that verifies by it, however long that takes."""
+        try:
+            await self.set_trust_bundle(roots_pem)
+        except ZtunnelAway:
+            await self._ready.wait()  # the snapshot of the connection holds it
+
     def seed_resources(self, resources: Iterable[wire.Resource]) -> None:
         """State that survived a restart of the agent, before any ztunnel has connected."""
         self._resources |= {(resource.type_url, resource.name): resource for resource in resources}

@@ -26,6 +26,7 @@ class _Verbs(LazyGroup):
         "services": Verb("undermesh.cli.verbs", "The services that this node's ztunnel knows."),
         "completion": Verb("undermesh.cli.completion", "The completion script for a shell."),
         "lab": Verb("undermesh.cli.lab", "A Kubernetes cluster on this machine, to try undermesh on (root only)."),
+        "roots": Verb("undermesh.cli.roots", "The roots that all nodes trust, and a new one in place of the old."),
         "uninstall": Verb("undermesh.cli.uninstall", "Take every pod out of the mesh, and undermesh off the cluster."),
         "ztunnel": Verb("undermesh.cli.ztunnel", "Work on this node's ztunnel."),
     }
@@ -61,8 +62,8 @@ def _print_version(ctx: click.Context, _option: click.Parameter, wanted: bool) -
 def main(ctx: click.Context, run_dir: Path) -> None:
     """Ask undermesh what it does on this node, and why.
 
-    Every verb but `check`, `completion`, `lab` and `uninstall` needs the agent, whose socket is root's. The exit
-    status is 0 for an answer, 1 for a failed check or no answer, 2 for a wrong command line, 130 after Ctrl-C, 141
+    Every verb but `check`, `completion`, `lab`, `roots` and `uninstall` needs the agent, whose socket is root's. The
+    exit status is 0 for an answer, 1 for a failed check or no answer, 2 for a wrong command line, 130 after Ctrl-C, 141
     when the reader of the output is gone.
     """
     ctx.obj = Context(run_dir)

@@ -69,7 +69,7 @@ async def _serve(arguments: Namespace) -> int:
         if arguments.metrics is not None:
             _serve_metrics(server, arguments.metrics)
         await server.start()
-        running = asyncio.create_task(server.run(backend.writers(server.authority)))
+        running = asyncio.create_task(server.run(backend.writers(server)))
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, running.cancel)
         with suppress(asyncio.CancelledError):

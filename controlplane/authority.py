@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 MAX_VALIDITY = dt.timedelta(hours=24)
 # Shorter ones would be renewed faster than clocks agree.
 MIN_VALIDITY = dt.timedelta(minutes=1)
+READ_GRACE = dt.timedelta(hours=1)
+"""A leaf ends so long after the longest that it could have got when the secrets were last read: a replica that cannot
+read them must not sign beyond the end of a root that was retired meanwhile."""
 
 
 def utc_now() -> dt.datetime:
@@ -58,6 +61,8 @@ class Authority:
         self._store = store
         self._issuer = current
         self._clock = clock
+        self._read_at = clock()
+        self._fault = ""
         self._listeners: list[Callable[[], None]] = []
 
     @classmethod
@@ -86,10 +91,18 @@ class Authority:
     async def reload(self) -> bool:
         """Reads the store again; True when something changed. Never raises for a bad store: it is logged."""
         try:
-            fresh = await issuer.load(self._store, self._clock())
+            now = self._clock()
+            secrets = await issuer.read(self._store, now)
+            self._read_at = now
+            choice = issuer.choose(secrets, now)
         except errors.ConfigError as error:
             log.warning("the CA keeps its last good issuer: %s", error)
             return False
+        fresh = choice.issuer
+        if choice.fault != self._fault:
+            self._fault = choice.fault
+            if choice.fault:
+                log.warning("the CA goes on with what it signed with: %s", choice.fault)
         if (fresh.certificate, fresh.intermediates, fresh.roots) == (
             self._issuer.certificate,
             self._issuer.intermediates,
@@ -131,6 +144,11 @@ class Authority:
         if current.not_after <= now:
             name = current.certificate.subject.rfc4514_string()
             raise errors.ConfigError(f"the CA {name} expired at {current.not_after:%Y-%m-%d %H:%M:%SZ}: renew it")
+        latest = self._read_at + MAX_VALIDITY + READ_GRACE
+        if latest <= now:
+            raise errors.ConfigError(
+                f"the CA's secrets were last read at {self._read_at:%Y-%m-%d %H:%M:%SZ}: see the log"
+            )
         leaf = x509build.new_leaf(
             public_key=key,
             names=names,
@@ -138,6 +156,6 @@ class Authority:
             issuer=current.certificate,
             issuer_key=current.key,
             not_before=now - x509build.LEAF_BACKDATE,
-            not_after=min(now + validity, current.not_after),
+            not_after=min(now + validity, current.not_after, latest),
         )
         return Signed(leaf, current.intermediates, current.bundle_pem)

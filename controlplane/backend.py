@@ -8,9 +8,8 @@ from typing import Protocol
 
 from undermesh.api.files import FileSource
 from undermesh.api.source import Source
-from undermesh.controlplane.authority import Authority
 from undermesh.controlplane.secret_store import SecretStore
-from undermesh.controlplane.server import Share
+from undermesh.controlplane.server import ControlPlane, Share
 from undermesh.controlplane.tokens import Verifier
 
 
@@ -34,7 +33,7 @@ class Backend(Protocol):
         """How replicas share the nodes' reports; None: there is only one."""
         ...
 
-    def writers(self, authority: Authority) -> Sequence[Callable[[], Awaitable[None]]]:
+    def writers(self, server: ControlPlane) -> Sequence[Callable[[], Awaitable[None]]]:
         """Endless jobs that write what others read."""
         ...
 
@@ -54,7 +53,7 @@ class FileBackend:
     def __init__(self, directory: Path) -> None:
         self.source: Source = FileSource(directory)
 
-    def writers(self, authority: Authority) -> Sequence[Callable[[], Awaitable[None]]]:
+    def writers(self, server: ControlPlane) -> Sequence[Callable[[], Awaitable[None]]]:
         return ()
 
     async def close(self) -> None:

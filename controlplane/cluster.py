@@ -61,6 +61,10 @@ class Cluster:
         """Whether there is an agent's pod for the node."""
         return AGENT in self._accounts.get(node, ())
 
+    def agent_nodes(self) -> list[str]:
+        """The nodes with an agent's pod."""
+        return [node for node, accounts in self._accounts.items() if AGENT in accounts]
+
     def _put(self, pod: Pod) -> None:
         self.by_uid[pod.metadata.uid] = pod
         if (account := _running(pod)) is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ _STATES = {name: report_pb2.PodState.Value(name) for name in report_pb2.PodState
 @dataclass
 class _Node:
     states: dict[str, int] = field(default_factory=dict)  # pod uid -> report.PodState
+    roots: frozenset[str] = frozenset()
     streams: int = 0
     away_since: float | None = None
 
@@ -59,11 +60,12 @@ class ReportBook:
 
     def record(self, node: str, report: report_pb2.NodeReport) -> bool:
         """Replaces what the node said; True when that changes anything."""
-        return self.replace(node, reported(report))
+        return self.replace(node, reported(report), report.roots)
 
-    def replace(self, node: str, states: dict[str, int]) -> bool:
-        """As `record`, for what `reported` made of a report."""
+    def replace(self, node: str, states: dict[str, int], roots: Iterable[str] = ()) -> bool:
+        """As `record`, for what `reported` made of a report, and the roots that it names."""
         entry = self._nodes.setdefault(node, _Node(away_since=self._clock()))
+        entry.roots = frozenset(roots)
         if states == entry.states:
             return False
         self._set(entry, states)
@@ -77,6 +79,7 @@ class ReportBook:
             return False
         changed = bool(entry.states)
         self._set(entry, {})
+        entry.roots = frozenset()
         if not entry.streams:
             del self._nodes[node]
         self._save()
@@ -91,6 +94,10 @@ class ReportBook:
         """The uids of which something else has been said since the last call."""
         changed, self._changed = self._changed, set()
         return changed
+
+    def distrusting(self, root: str, cluster: Cluster) -> list[str]:
+        """Nodes with an agent whose last report does not name this root (SHA-256 in hex)."""
+        return sorted(n for n in cluster.agent_nodes() if n not in self._nodes or root not in self._nodes[n].roots)
 
     def strangers(self, node: str, cluster: Cluster) -> list[str]:
         """Pods in the node's report that the source does not know on that node."""

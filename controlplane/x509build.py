@@ -114,8 +114,13 @@ def certificate_pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
-def private_key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def private_key_pem(key: IssuerKey) -> bytes:
     """Unencrypted PKCS#8 PEM."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """SHA-256 of its DER, in hex: how nodes name the roots that they trust."""
+    return certificate.fingerprint(hashes.SHA256()).hex()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import msgspec
+from cryptography import x509
 
 from undermesh.api.core import Namespace
 from undermesh.api.decode import DecodeError
@@ -21,6 +22,7 @@ from undermesh.api.kubernetes.resources import Resource
 from undermesh.api.kubernetes.table import Table
 from undermesh.api.kubernetes.watching import Listener, endless_watch
 from undermesh.controlplane.kubernetes.objects import ConfigMap
+from undermesh.controlplane.x509build import certificate_pem
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,17 @@ class RootBundleWriter:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(endless_watch(self._api, self._table, listener))
             tasks.create_task(self._write_for_ever())
+
+    def without(self, root: x509.Certificate) -> list[str]:
+        """Namespaces whose copy does not hold a root."""
+        wanted = certificate_pem(root).decode()
+        copies = self._table.snapshot()
+        return sorted(
+            name
+            for name, namespace in self._namespaces().items()
+            if not namespace.metadata.deletion_timestamp
+            and ((copy := copies.get(ObjectKey(name, NAME))) is None or wanted not in (copy.data or {}).get(ENTRY, ""))
+        )
 
     async def _write_for_ever(self) -> None:
         failures = 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import msgspec
 
 from undermesh.api.kubernetes import errors as api_errors
-from undermesh.api.kubernetes.api import Api
+from undermesh.api.kubernetes.api import MERGE_PATCH, Api
 from undermesh.controlplane import errors
 from undermesh.controlplane.issuer import ROOTS_SECRET
 
@@ -25,6 +26,7 @@ _NAMES: Final = {ROOTS_SECRET: "undermesh-ca-roots"}
 
 class _Meta(msgspec.Struct, rename="camel"):
     resource_version: str = ""
+    annotations: dict[str, str] | None = None
 
 
 class _Secret(msgspec.Struct):
@@ -33,6 +35,15 @@ class _Secret(msgspec.Struct):
 
 
 _SECRETS: Final = msgspec.json.Decoder(_Secret)
+
+
+@dataclass(frozen=True)
+class Versioned:
+    """One state of a Secret; a change of it says which it was made from."""
+
+    version: str
+    entries: dict[str, bytes]
+    annotations: dict[str, str]
 
 
 class KubernetesSecretStore:
@@ -53,6 +64,29 @@ class KubernetesSecretStore:
 
     async def create(self, name: str, entries: Mapping[str, bytes]) -> bool:
         return await self._patiently(name, lambda: self._create(name, dict(entries)))
+
+    async def read_versioned(self, name: str) -> Versioned | None:
+        """The Secret with what `change` needs; None: there is none."""
+        found = await self._patiently(name, lambda: self._get(name))
+        if found is None:
+            return None
+        return Versioned(found.metadata.resource_version, found.data or {}, found.metadata.annotations or {})
+
+    async def change(
+        self, name: str, version: str, entries: Mapping[str, bytes | None], annotations: Mapping[str, str]
+    ) -> bool:
+        """Sets entries (None: removes them) and annotations; False: somebody else was faster, nothing is changed."""
+        metadata = {"resourceVersion": version, "annotations": dict(annotations)}
+        body = {"metadata": metadata, "data": dict(entries)}
+
+        async def patch() -> bool:
+            try:
+                await self._api.request("PATCH", self._path(name), body=body, content_type=MERGE_PATCH)
+            except (api_errors.Conflict, api_errors.NotFound):
+                return False
+            return True
+
+        return await self._patiently(name, patch)
 
     async def _create(self, name: str, entries: dict[str, bytes]) -> bool:
         try:

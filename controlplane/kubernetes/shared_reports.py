@@ -53,6 +53,7 @@ class StoredReport(msgspec.Struct, frozen=True):
     stream: str = ""
     states: dict[str, int] = {}
     """Pod uid -> report.PodState; a state that this version does not know counts as PLAIN."""
+    roots: tuple[str, ...] = ()
 
     @property
     def revision(self) -> Revision:
@@ -69,11 +70,12 @@ def _decode(data: bytes) -> StoredReport:
             return StoredReport(config.metadata)
         entries = config.data or {}
         named = msgspec.json.decode(entries.get("pods", "{}"), type=dict[str, str])
+        roots = msgspec.json.decode(entries.get("roots", "[]"), type=tuple[str, ...])
     except (msgspec.DecodeError, RecursionError) as error:
         raise DecodeError(str(error)) from error
     known = report_pb2.PodState.keys()
     states: dict[str, int] = {uid: report_pb2.PodState.Value(name) for uid, name in named.items() if name in known}
-    return StoredReport(config.metadata, entries.get("node", ""), entries.get("stream", ""), states)
+    return StoredReport(config.metadata, entries.get("node", ""), entries.get("stream", ""), states, roots)
 
 
 class SharedReports:
@@ -132,15 +134,15 @@ class SharedReports:
         Raises:
             Superseded: a later stream of the node has stored one.
         """
-        states = reported(report)
+        states, roots = reported(report), tuple(report.roots)
         failures = 0
         while True:
             stored = self._stored(stream.node)
             self._check(stream, stored)
-            if stored is not None and stored.stream == stream.id and stored.states == states:
+            if stored is not None and (stored.stream, stored.states, stored.roots) == (stream.id, states, roots):
                 return stored.revision
             try:
-                revision = await self._store(stream, states, stored)
+                revision = await self._store(stream, states, roots, stored)
             except (api_errors.Conflict, api_errors.NotFound):
                 await self._next_change(_CATCH_UP_SECONDS)
                 continue
@@ -212,7 +214,7 @@ class SharedReports:
             if old is not None and old.node and (new is None or new.node != old.node):
                 changed |= self._book.forget(old.node)
             if new is not None and new.node:
-                changed |= self._book.replace(new.node, new.states)
+                changed |= self._book.replace(new.node, new.states, new.roots)
         if changed:
             self._ticket = self._publisher.poke()
         self._listed.set()
@@ -239,10 +241,13 @@ class SharedReports:
         except TimeoutError:
             return
 
-    async def _store(self, stream: ReportStream, states: dict[str, int], stored: StoredReport | None) -> Revision:
+    async def _store(
+        self, stream: ReportStream, states: dict[str, int], roots: tuple[str, ...], stored: StoredReport | None
+    ) -> Revision:
         names = {uid: report_pb2.PodState.Name(state) for uid, state in states.items()}  # type: ignore[arg-type]
         metadata: dict[str, Any] = {"name": _name(stream.node), "namespace": self._namespace, "labels": LABELS}
         data = {"node": stream.node, "stream": stream.id, "pods": msgspec.json.encode(names).decode()}
+        data["roots"] = msgspec.json.encode(roots).decode()
         body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
         if stored is None:
             answer = await self._api.request("POST", self._path, body=body)

@@ -99,7 +99,9 @@ class Server:
 
     async def bookmark(self, path: str) -> None:
         self.version += 1
-        await self._tell(path, "BOOKMARK", {"metadata": {"resourceVersion": str(self.version), "creationTimestamp": None}})
+        await self._tell(
+            path, "BOOKMARK", {"metadata": {"resourceVersion": str(self.version), "creationTimestamp": None}}
+        )
 
     def compact(self) -> None:
         """Forget all events: a watch from any version but the newest gets 410."""
