@@ -20,6 +20,7 @@ from typing import Final
 from undermesh.api.authorization import AuthorizationPolicy
 from undermesh.api.core import Pod
 from undermesh.api.meta import selects
+from undermesh.controlplane.translate.faults import cause
 from undermesh.controlplane.translate.rules import convert_rule
 from undermesh.controlplane.translate.settings import Settings
 from undermesh.proto import authorization_pb2 as rbac
@@ -45,7 +46,17 @@ class Conversion:
 
 
 def convert(policy: AuthorizationPolicy, settings: Settings) -> Conversion:
-    """Convert one policy. Never raises for a policy that has its types right."""
+    """Convert one policy. Never raises: one that our code cannot convert fails closed as one that cannot be read."""
+    try:
+        return _convert(policy, settings)
+    except Exception as error:  # noqa: BLE001
+        meta, action = policy.metadata, rbac.ALLOW if policy.spec.action == "ALLOW" else rbac.DENY
+        scope = _scope(policy, settings)
+        closed = rbac.Authorization(name=meta.name, namespace=meta.namespace, scope=scope, action=action)
+        return _failed_closed(closed, f"it cannot be translated ({cause(error)}), a fault of undermesh's: report it")
+
+
+def _convert(policy: AuthorizationPolicy, settings: Settings) -> Conversion:
     spec = policy.spec
     if _targeted(policy) and spec.selector is None:
         return Conversion(None, exact=False, notes=("targetRefs need a waypoint: the policy has no effect at L4",))

@@ -5,6 +5,7 @@ as `snapshot.translate`, whose result for the same state is its specification.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 from undermesh.api.authorization import AuthorizationPolicy
 from undermesh.api.changes import changes
@@ -17,6 +18,7 @@ from undermesh.controlplane.translate import authorization, endpoints, entries, 
 from undermesh.controlplane.translate.claims import Claims
 from undermesh.controlplane.translate.endpoints import Dependencies, Part
 from undermesh.controlplane.translate.entries import Entry
+from undermesh.controlplane.translate.faults import Fault, note
 from undermesh.controlplane.translate.part_table import PartTable, Reverse
 from undermesh.controlplane.translate.peer_authentication import PeerAuthentications
 from undermesh.controlplane.translate.pod_table import PodTable
@@ -31,6 +33,9 @@ from undermesh.controlplane.translate.resources import (
 from undermesh.controlplane.translate.selectors import Labelled, Selectors
 from undermesh.controlplane.translate.settings import Settings
 from undermesh.proto import workload_pb2 as wds
+
+K = TypeVar("K", ObjectKey, NodeName, str)
+T = TypeVar("T")
 
 # Of policies that select in all namespaces; no namespace has this name.
 _EVERYWHERE = ""
@@ -60,28 +65,42 @@ class Index:
         self._fresh: dict[ResourceKey, Resource | None] = {}
         self._complete = True
         self._notes: dict[ObjectRef, tuple[str, ...]] = {}
+        self._faults: dict[ObjectRef, Exception] = {}
+        self._faulty: set[ObjectRef] = set()
 
     def take(self, objects: Objects) -> None:
-        """Takes the next consistent set of objects in."""
+        """Takes the next consistent set of objects in.
+
+        Raises:
+            Fault: one of them cannot be taken in.
+        """
         before, self._objects = self._objects, objects
         # Pods last: at the first state nothing needs to look for those that a service or a policy selects.
         for node in changes(before.nodes, objects.nodes):
-            self._node(*node)
+            self._follow("Node", self._node, *node)
         for namespace in changes(before.namespaces, objects.namespaces):
-            self._namespace(*namespace)
+            self._follow("Namespace", self._namespace, *namespace)
         for policy in changes(before.authorization_policies, objects.authorization_policies):
-            self._policy(*policy)
+            self._follow("AuthorizationPolicy", self._policy, *policy)
         self._take_peer_authentications(before)
         for service in changes(before.services, objects.services):
-            self._service(*service)
+            self._follow("Service", self._service, *service)
         for entry in changes(before.service_entries, objects.service_entries):
-            self._service_entry(*entry)
+            self._follow("ServiceEntry", self._service_entry, *entry)
         for workload in changes(before.workload_entries, objects.workload_entries):
-            self._workload_entry(*workload)
+            self._follow("WorkloadEntry", self._workload_entry, *workload)
         for item in changes(before.endpoint_slices, objects.endpoint_slices):
-            self._slice(*item)
+            self._follow("EndpointSlice", self._slice, *item)
         for pod in changes(before.pods, objects.pods):
-            self._pod(*pod)
+            self._follow("Pod", self._pod, *pod)
+
+    def _follow(
+        self, kind: str, handle: Callable[[K, T | None, T | None], None], key: K, before: T | None, after: T | None
+    ) -> None:
+        try:
+            handle(key, before, after)
+        except Exception as error:
+            raise Fault(ObjectRef(kind, key if isinstance(key, ObjectKey) else ObjectKey("", str(key)))) from error
 
     def reported(self, uids: Iterable[str]) -> None:
         """The nodes' reports of these pods have changed."""
@@ -110,6 +129,24 @@ class Index:
         """How what is in force differs from what objects say, for those that have changed since the last call."""
         notes, self._notes = self._notes, {}
         return notes
+
+    def take_faults(self) -> Mapping[ObjectRef, Exception]:
+        """Objects that could not be translated and are left out, since the last call."""
+        faults, self._faults = self._faults, {}
+        return faults
+
+    def _failed(self, ref: ObjectRef, error: Exception) -> None:
+        self._faulty.add(ref)
+        self._faults[ref] = error
+        self._notes[ref] = (note(error),)
+
+    def _mended(self, ref: ObjectRef) -> None:
+        if ref in self._faulty:
+            self._faulty.discard(ref)
+            if ref.kind == "ServiceEntry":
+                self._notes[ref] = self._entries.get(ref.key, Entry()).notes
+            elif ref.kind != "WorkloadEntry":
+                self._notes[ref] = ()
 
     # The `Surroundings` of endpoints and claims.
 
@@ -249,7 +286,7 @@ class Index:
         made: dict[ObjectKey, Entry] = {}
         for key in self._stale_entries:
             entry = self._objects.service_entries.get(key)
-            found = entries.of_service_entry(entry, self, self._settings) if entry is not None else Entry()
+            found = self._entry(key, entry) if entry is not None else Entry()
             former, made[key] = self._entries.pop(key, Entry()), found
             self._notes[ObjectRef("ServiceEntry", key)] = found.notes
             self._fresh |= {ResourceKey(ADDRESS_TYPE, name): None for name in former.services}
@@ -263,8 +300,20 @@ class Index:
             for name, message in found.services.items():
                 self._fresh[ResourceKey(ADDRESS_TYPE, name)] = encode(wds.Address(service=message))
 
+    def _entry(self, key: ObjectKey, entry: ServiceEntry) -> Entry:
+        try:
+            return entries.of_service_entry(entry, self, self._settings)
+        except Exception as error:  # noqa: BLE001
+            self._failed(ObjectRef("ServiceEntry", key), error)
+            return Entry(notes=(note(error),))
+
     def _derive_part(self, ref: ObjectRef) -> None:
-        made = self._part(ref)
+        try:
+            made = self._part(ref)
+            self._mended(ref)
+        except Exception as error:  # noqa: BLE001
+            made = None
+            self._failed(ref, error)
         outcome = self._parts.put(ref, *made) if made is not None else self._parts.put(ref, None)
         self._stale_pods |= outcome.pods
         self._fresh |= {ResourceKey(ADDRESS_TYPE, uid): None for uid in outcome.removed}
@@ -305,6 +354,15 @@ class Index:
         return part, entries.dependencies([entry.spec])
 
     def _derive_service(self, key: ObjectKey) -> None:
+        try:
+            made, notes = self._service_resource(key)
+        except Exception as error:  # noqa: BLE001
+            made, notes = None, (note(error),)
+            self._failed(ObjectRef("Service", key), error)
+        self._notes[ObjectRef("Service", key)] = notes
+        self._fresh[ResourceKey(ADDRESS_TYPE, services.name_of(key, self._settings))] = made
+
+    def _service_resource(self, key: ObjectKey) -> tuple[Resource | None, tuple[str, ...]]:
         service = self._objects.services.get(key)
         made = None
         notes: tuple[str, ...] = ()
@@ -315,14 +373,17 @@ class Index:
                 notes = (*notes, waypoints.note(waypoint))
             message = services.service_message(service, claimed, waypoint, self._settings)
             made = encode(wds.Address(service=message))
-        self._notes[ObjectRef("Service", key)] = notes
-        self._fresh[ResourceKey(ADDRESS_TYPE, services.name_of(key, self._settings))] = made
+        return made, notes
 
     def _derive_pod(self, key: ObjectKey, state_of: Callable[[Pod], int]) -> None:
         pod = self._objects.pods.get(key)
         made = None
-        if pod is not None and workloads.is_published(pod):
-            made = encode(wds.Address(workload=self._workload(pod, state_of(pod))))
+        try:
+            if pod is not None and workloads.is_published(pod):
+                made = encode(wds.Address(workload=self._workload(pod, state_of(pod))))
+            self._mended(ObjectRef("Pod", key))
+        except Exception as error:  # noqa: BLE001
+            self._failed(ObjectRef("Pod", key), error)
         self._fresh[ResourceKey(ADDRESS_TYPE, workload_uid(self._settings.cluster, *key))] = made
 
     def _workload(self, pod: Pod, state: int) -> wds.Workload:

@@ -18,6 +18,7 @@ from undermesh.api.identity import ObjectKey
 from undermesh.api.meta import selects
 from undermesh.api.peer_authentication import PeerAuthentication
 from undermesh.controlplane.translate import values
+from undermesh.controlplane.translate.faults import cause
 from undermesh.controlplane.translate.settings import Settings
 from undermesh.proto import authorization_pb2 as rbac
 
@@ -76,7 +77,7 @@ class PeerAuthentications:
         selecting: defaultdict[str, list[_Read]] = defaultdict(list)
         standings: dict[ObjectKey, Standing] = {}
         for obj in by_age:
-            read = _read(obj)
+            read = _read_or_strict(obj)
             home = read.key.namespace
             if read.labels:
                 selecting[home].append(read)
@@ -126,6 +127,16 @@ class PeerAuthentications:
 
 
 _PLAINTEXT: Final = rbac.Match(not_principals=[rbac.StringMatch(presence=rbac.Empty())])
+
+
+def _read_or_strict(obj: PeerAuthentication) -> _Read:
+    """One that our code cannot read means what one with a mistake in it means."""
+    try:
+        return _read(obj)
+    except Exception as error:  # noqa: BLE001
+        labels = obj.spec.selector.match_labels if obj.spec.selector else {}
+        fault = f"it cannot be translated ({cause(error)}), a fault of undermesh's: report it"
+        return _Read(obj.metadata.key, labels, True, {}, (fault,), ())
 
 
 def _read(obj: PeerAuthentication) -> _Read:

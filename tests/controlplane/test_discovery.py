@@ -345,7 +345,7 @@ def test_a_translation_that_fails_is_begun_anew(
     translator.take(Objects.of([web]))
     assert set(translator.derive(lambda _: 0).resources) == {ResourceKey(ADDRESS, WEB)}
     with monkeypatch.context() as broken:
-        broken.setattr("undermesh.controlplane.translate.index.encode", lambda _: 1 / 0)
+        broken.setattr("undermesh.controlplane.translate.index.Update", lambda *_: 1 / 0)
         translator.reported(["u"])
         with pytest.raises(ZeroDivisionError):
             translator.derive(lambda _: 0)
