@@ -287,6 +287,7 @@ async def test_the_users_own_issuer_takes_over_the_same_way_and_its_successor_to
         b.follows = False
         await world.cluster.patch(f"{path}/cacerts", {"data": cacerts("first", intermediate="renewed")})
         await until(lambda: (a.manager.renew(), a.issuer == "CN=renewed")[1], PATIENCE)
+        await until(lambda: "signs with CN=renewed" in world.standing(), PATIENCE)
         # What cannot be used is refused, and said.
         await world.cluster.patch(f"{path}/cacerts", {"data": {"ca-key.pem": second["ca-key.pem"]}})
         await until(lambda: "refused: the CA's private key does not belong" in world.standing(), PATIENCE)
