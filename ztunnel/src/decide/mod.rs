@@ -12,7 +12,7 @@ use crate::{
     balance::{self, Client, Endpoint, NoEndpoint},
     failure::{Failure, Flag},
     identity::Identity,
-    state::{Service, ServiceMode, Workload, World},
+    state::{Gateway, Service, ServiceMode, Workload, World},
 };
 
 /// Port of HBONE tunnels.
@@ -55,9 +55,18 @@ pub enum Action {
 /// What a destination is.
 enum Found<'a> {
     /// An endpoint has to be chosen.
-    Service(&'a Arc<Service>),
+    Choice(Choice<'a>),
     /// Nothing is left to choose.
     Route(Route),
+}
+
+/// Endpoints to choose from.
+#[derive(Clone, Copy)]
+struct Choice<'a> {
+    /// What was dialled.
+    service: &'a Arc<Service>,
+    /// The waypoint of the service, whose Service the endpoints are of; `None`: they are the service's own.
+    waypoint: Option<(&'a Gateway, &'a Arc<Service>)>,
 }
 
 /// Whether a port may not be dialled on an enrolled pod: a tunnel to the tunnel's own port would call ztunnel
@@ -75,11 +84,12 @@ pub fn outbound(
 ) -> Route {
     match look_up(world, source, destination) {
         Found::Route(route) => route,
-        Found::Service(service) => {
+        Found::Choice(choice) => {
             let client = client(world, source, destination);
-            match balance::choose(world, service, destination.port(), client, random) {
-                Ok(endpoint) => to_endpoint(world, source, service, endpoint),
-                Err(cause) => no_upstream(service, destination, cause),
+            let (service, port) = choice.endpoints(destination);
+            match balance::choose(world, service, port, client, random) {
+                Ok(endpoint) => to_endpoint(world, source, choice, destination, endpoint),
+                Err(cause) => no_upstream(choice, destination, cause),
             }
         }
     }
@@ -90,15 +100,16 @@ pub fn outbound(
 pub fn outcomes(world: &World, source: Source<'_>, destination: SocketAddr) -> Vec<Route> {
     match look_up(world, source, destination) {
         Found::Route(route) => vec![route],
-        Found::Service(service) => {
+        Found::Choice(choice) => {
             let client = client(world, source, destination);
-            match balance::candidates(world, service, destination.port(), client) {
+            let (service, port) = choice.endpoints(destination);
+            match balance::candidates(world, service, port, client) {
                 Ok(endpoints) => endpoints
                     .into_iter()
                     .filter(|endpoint| endpoint.workload.capacity > 0)
-                    .map(|endpoint| to_endpoint(world, source, service, endpoint))
+                    .map(|endpoint| to_endpoint(world, source, choice, destination, endpoint))
                     .collect(),
-                Err(cause) => vec![no_upstream(service, destination, cause)],
+                Err(cause) => vec![no_upstream(choice, destination, cause)],
             }
         }
     }
@@ -111,13 +122,16 @@ fn look_up<'a>(world: &'a World, source: Source<'_>, destination: SocketAddr) ->
     }
     if let Some(service) = world.service_by_address(destination.ip(), source.namespace) {
         let route = |action| Found::Route(Route::new(Some(Arc::clone(service)), None, action));
-        if service.has_waypoint {
-            return route(refuse_waypoint(&format!("service {}", service.key())));
+        if let Some(gateway) = &service.waypoint {
+            return match world.service_of_gateway(gateway) {
+                Some(gate) => Found::Choice(Choice { service, waypoint: Some((gateway, gate)) }),
+                None => route(refuse(format!("{}: it has no Service", bound(service, gateway)))),
+            };
         }
         if service.mode == ServiceMode::Passthrough {
             return route(Action::Plain(destination));
         }
-        return Found::Service(service);
+        return Found::Choice(Choice { service, waypoint: None });
     }
     Found::Route(match world.workload_by_address(destination.ip()) {
         Some(workload) if !workload.host_network => {
@@ -132,22 +146,48 @@ fn client<'a>(world: &'a World, source: Source<'_>, destination: SocketAddr) -> 
     Client { workload: world.workload(source.workload_uid).map(Arc::as_ref), dialled: destination.ip() }
 }
 
-fn to_endpoint(world: &World, source: Source<'_>, service: &Arc<Service>, endpoint: Endpoint) -> Route {
-    let action = to_workload(world, source, &endpoint.workload, endpoint.address);
-    Route::new(Some(Arc::clone(service)), Some(endpoint.workload), action)
+fn to_endpoint(
+    world: &World,
+    source: Source<'_>,
+    choice: Choice<'_>,
+    destination: SocketAddr,
+    endpoint: Endpoint,
+) -> Route {
+    let action = match choice.waypoint {
+        None => to_workload(world, source, &endpoint.workload, endpoint.address),
+        // It learns from the authority what was dialled.
+        Some(_) => Action::Hbone {
+            peer: endpoint.address,
+            authority: destination,
+            workload_uid: endpoint.workload.uid.clone(),
+            identity: world.identity(&endpoint.workload),
+        },
+    };
+    Route::new(Some(Arc::clone(choice.service)), Some(endpoint.workload), action)
 }
 
-fn no_upstream(service: &Arc<Service>, destination: SocketAddr, cause: NoEndpoint) -> Route {
-    let reason = format!("no healthy upstream for {}:{}: {cause}", service.key(), destination.port());
-    Route::new(Some(Arc::clone(service)), None, Action::Refuse(Failure::new(Flag::Connect, reason)))
+fn no_upstream(choice: Choice<'_>, destination: SocketAddr, cause: NoEndpoint) -> Route {
+    let service = choice.service;
+    let reason = match choice.waypoint {
+        None => format!("no healthy upstream for {}:{}: {cause}", service.key(), destination.port()),
+        Some((gateway, _)) => format!("{}: {cause}", bound(service, gateway)),
+    };
+    Route::new(Some(Arc::clone(service)), None, refuse(reason))
+}
+
+fn bound(service: &Service, gateway: &Gateway) -> String {
+    format!("service {} is bound to waypoint {gateway}, and nobody is reached around it", service.key())
 }
 
 fn to_workload(world: &World, source: Source<'_>, workload: &Workload, address: SocketAddr) -> Action {
     if source.addresses.contains(&address.ip()) {
         return to_self(address);
     }
-    if workload.has_waypoint {
-        return refuse_waypoint(&format!("workload {}", workload.uid));
+    if let Some(gateway) = &workload.waypoint {
+        return refuse(format!(
+            "workload {} is bound to waypoint {gateway}, and waypoints serve only services: label its services",
+            workload.uid
+        ));
     }
     if !workload.hbone {
         return Action::Plain(address);
@@ -168,16 +208,23 @@ fn to_self(address: SocketAddr) -> Action {
 }
 
 fn refuse_self_call(address: SocketAddr) -> Action {
-    let reason =
-        format!("attempted recursive call to ourselves: port {} belongs to the mesh", address.port());
+    refuse(format!("attempted recursive call to ourselves: port {} belongs to the mesh", address.port()))
+}
+
+fn refuse(reason: String) -> Action {
     Action::Refuse(Failure::new(Flag::Connect, reason))
 }
 
-fn refuse_waypoint(what: &str) -> Action {
-    let reason = format!(
-        "{what} is bound to a waypoint, and this version has none: remove the label istio.io/use-waypoint from it"
-    );
-    Action::Refuse(Failure::new(Flag::Connect, reason))
+// === impl Choice ===
+
+impl<'a> Choice<'a> {
+    /// The service and the port of it whose endpoints take the connection.
+    fn endpoints(&self, destination: SocketAddr) -> (&'a Arc<Service>, u16) {
+        match self.waypoint {
+            None => (self.service, destination.port()),
+            Some((gateway, service)) => (service, gateway.port),
+        }
+    }
 }
 
 // === impl Route ===

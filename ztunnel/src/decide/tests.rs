@@ -185,3 +185,65 @@ fn the_route_names_service_and_workload() {
     let unknown = route(&world, "198.51.100.1:443");
     assert!(unknown.service.is_none() && unknown.workload.is_none());
 }
+
+/// A world with a waypoint before one service, its pods as given.
+fn with_waypoint(pods: &[wds::Workload]) -> World {
+    let mut world = world();
+    let hostname = wds::NamespacedHostname { namespace: "ns1".to_owned(), hostname: "gate".to_owned() };
+    let destination = Some(wds::gateway_address::Destination::Hostname(hostname));
+    let waypoint = Some(wds::GatewayAddress { destination, hbone_mtls_port: 15008 });
+    world.put(wds::Service { waypoint, ..service("ns1", "bound", &["10.10.0.7"]) }).unwrap();
+    world.put(endpoint(pod("behind", &["10.0.0.7"]), "ns1/bound", &[port(80, 8080)])).unwrap();
+    world
+        .put(wds::Service { ports: vec![port(15008, 15008)], ..service("ns1", "gate", &["10.10.0.8"]) })
+        .unwrap();
+    for workload in pods {
+        world.put(endpoint(workload.clone(), "ns1/gate", &[port(15008, 15008)])).unwrap();
+    }
+    world
+}
+
+#[test]
+fn a_bound_service_is_reached_through_a_ready_pod_of_its_waypoint_or_not_at_all() {
+    let plain = |name: &str, address: &str| wds::Workload { tunnel_protocol: 0, ..pod(name, &[address]) };
+    let unready =
+        wds::Workload { status: wds::WorkloadStatus::Unhealthy.into(), ..plain("late", "10.0.0.9") };
+    let world = with_waypoint(&[plain("gate", "10.0.0.8"), unready.clone()]);
+    let expected = Action::Hbone {
+        peer: "10.0.0.8:15008".parse().unwrap(),
+        authority: "10.10.0.7:80".parse().unwrap(),
+        workload_uid: uid("gate"),
+        identity: Identity::new("td", "ns1", "gate-account"),
+    };
+    assert_eq!(route(&world, "10.10.0.7:80").action, expected);
+    for pods in [&[][..], &[unready][..]] {
+        let Action::Refuse(failure) = route(&with_waypoint(pods), "10.10.0.7:80").action else {
+            panic!("passed by the waypoint");
+        };
+        assert!(failure.reason.contains("ns1/gate"), "{failure}");
+    }
+}
+
+#[test]
+fn only_the_waypoint_of_a_pods_services_may_say_who_calls() {
+    let mut world = with_waypoint(&[pod("gate", &["10.0.0.8"])]);
+    // Somebody of another namespace claims a pod for a service that is bound to a waypoint of theirs.
+    let waypoint = Some(wds::GatewayAddress {
+        destination: Some(wds::gateway_address::Destination::Address(range("10.10.0.8"))),
+        hbone_mtls_port: 15008,
+    });
+    world.put(wds::Service { waypoint, ..service("ns2", "trap", &["10.10.0.9"]) }).unwrap();
+    world.put(endpoint(pod("claimed", &["10.0.0.9"]), "ns2/trap", &[port(80, 8080)])).unwrap();
+    let speaks = |name: &str, to: &str| {
+        let workload = world.workload(&uid(to)).unwrap();
+        world.speaks_for_callers(&Identity::new("td", "ns1", &format!("{name}-account")), workload)
+    };
+    assert!(speaks("gate", "behind"));
+    assert!(!speaks("server", "behind"), "another pod");
+    assert!(!speaks("gate", "server"), "a pod that is not behind it");
+    assert!(!speaks("gate", "claimed"), "a pod that others claim");
+    assert!(!world.speaks_for_callers(
+        &Identity::new("other", "ns1", "gate-account"),
+        world.workload(&uid("behind")).unwrap()
+    ));
+}

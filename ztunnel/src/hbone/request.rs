@@ -8,8 +8,13 @@ use std::{
 
 use http::{HeaderMap, Method, Request, Uri, header::HeaderValue};
 
-use crate::state::{Service, Workload};
+use crate::{
+    identity::Identity,
+    state::{Service, Workload},
+};
 
+/// The caller's identity, in a waypoint's own CONNECTs.
+const CALLER: &str = "undermesh-caller";
 /// Longest authority: a DNS name, a colon and a port.
 const MAX_AUTHORITY: usize = 255 + 6;
 
@@ -82,6 +87,17 @@ pub fn forwarded_host(headers: &HeaderMap) -> Option<&str> {
     let value = headers.get("forwarded")?.to_str().ok()?;
     let host = value.split([';', ',']).find_map(|part| part.trim().strip_prefix("host="))?;
     Some(host.trim_matches('"')).filter(|host| !host.is_empty())
+}
+
+/// Whom a waypoint says it speaks for. Whether to believe it is for others to say.
+pub fn caller(headers: &HeaderMap) -> Option<Identity> {
+    let mut values = headers.get_all(CALLER).iter();
+    let value = values.next()?;
+    // Two would leave open which one policy is to judge.
+    if values.next().is_some() {
+        return None;
+    }
+    value.to_str().ok()?.parse().ok()
 }
 
 // === impl Trace ===

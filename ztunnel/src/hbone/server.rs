@@ -296,6 +296,11 @@ fn details(world: &World, client: &Client, request: &Request<RecvStream>) -> Det
     let mut source = peer(world, client.address, Some(&client.identity));
     // An address is a hint, the certificate is the proof.
     source.workload = source.workload.filter(|workload| world.identity(workload) == client.identity);
+    if let (Some(caller), Some(own)) = (request::caller(request.headers()), &destination.workload) {
+        if world.speaks_for_callers(&client.identity, own) {
+            source.identity = Some(caller);
+        }
+    }
     Details {
         id: Trace::of(request.headers()).id,
         direction: Direction::Inbound,

@@ -1,5 +1,6 @@
 //! What the control plane says about the cluster: workloads, services and policies, decoded once.
 
+mod gateway;
 mod service;
 #[cfg(test)]
 pub mod testing;
@@ -7,6 +8,7 @@ pub mod testing;
 mod tests;
 mod workload;
 
+pub use gateway::{Destination, Gateway};
 pub use service::{Scope, Service, ServiceMode};
 pub use workload::{Locality, PortMap, Workload, parse_ip};
 
@@ -182,6 +184,31 @@ impl World {
 
     pub fn endpoints(&self, service: &Service) -> impl Iterator<Item = &Arc<Workload>> {
         self.endpoints.get(&service.key()).into_iter().flat_map(BTreeMap::values)
+    }
+
+    /// The service behind which a waypoint's pods are.
+    pub fn service_of_gateway(&self, gateway: &Gateway) -> Option<&Arc<Service>> {
+        match &gateway.destination {
+            Destination::Service(key) => self.services.get(key),
+            Destination::Address(address) => self.service_by_address(*address, ""),
+            Destination::Nothing => None,
+        }
+    }
+
+    /// Whether a peer may say who its callers are: it is a waypoint to which the workload is bound, or a service of it
+    /// in its own namespace. Those of other namespaces may claim any pod as their endpoint.
+    pub fn speaks_for_callers(&self, peer: &Identity, workload: &Workload) -> bool {
+        let of_services = workload
+            .services
+            .keys()
+            .filter_map(|key| self.services.get(key))
+            .filter(|service| service.namespace == workload.namespace)
+            .filter_map(|service| service.waypoint.as_ref());
+        of_services
+            .chain(&workload.waypoint)
+            .filter_map(|gateway| self.service_of_gateway(gateway))
+            .flat_map(|service| self.endpoints(service))
+            .any(|endpoint| endpoint.is_pod() && self.identity(endpoint) == *peer)
     }
 
     /// The identity that a workload must prove.

@@ -2,7 +2,10 @@
 
 use std::net::IpAddr;
 
-use super::workload::{PortMap, parse_ip, ports};
+use super::{
+    gateway::Gateway,
+    workload::{PortMap, parse_ip, ports},
+};
 use crate::proto::workload::{self as proto, load_balancing};
 
 #[derive(Clone, Debug, Default)]
@@ -12,7 +15,7 @@ pub struct Service {
     pub hostname: String,
     pub addresses: Vec<Range>,
     pub ports: Vec<PortMap>,
-    pub has_waypoint: bool,
+    pub waypoint: Option<Gateway>,
     pub preference: Vec<Scope>,
     pub mode: ServiceMode,
     /// Unready endpoints get traffic too.
@@ -120,7 +123,7 @@ impl TryFrom<proto::Service> for Service {
             hostname: service.hostname,
             addresses: service.addresses.into_iter().map(Range::try_from).collect::<Result<_, _>>()?,
             ports: ports(service.ports)?,
-            has_waypoint: service.waypoint.is_some(),
+            waypoint: service.waypoint.map(Gateway::try_from).transpose()?,
             preference: balancing.routing_preference().filter(|s| *s != Scope::UnspecifiedScope).collect(),
             mode,
             allow_unhealthy: balancing.health_policy() == load_balancing::HealthPolicy::AllowAll,

@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, net::IpAddr};
 
+use super::gateway::Gateway;
 use crate::proto::workload as proto;
 
 #[derive(Clone, Debug, Default)]
@@ -17,7 +18,7 @@ pub struct Workload {
     /// Empty: the mesh's own.
     pub trust_domain: String,
     pub service_account: String,
-    pub has_waypoint: bool,
+    pub waypoint: Option<Gateway>,
     pub node: String,
     pub canonical_name: String,
     pub canonical_revision: String,
@@ -93,7 +94,7 @@ impl TryFrom<proto::Workload> for Workload {
             hbone,
             trust_domain: workload.trust_domain,
             service_account: or_default(workload.service_account),
-            has_waypoint: workload.waypoint.is_some(),
+            waypoint: workload.waypoint.map(Gateway::try_from).transpose()?,
             node: workload.node,
             canonical_name: workload.canonical_name,
             canonical_revision: workload.canonical_revision,
