@@ -49,7 +49,7 @@ class AgentClient:
     def _ask(self, method: str, path: str, form: type[T], timeout: float) -> tuple[T, object]:
         status, body = self._fetch(method, path, timeout)
         if status != http.HTTPStatus.OK:
-            raise AgentRefused(f"the agent cannot answer {path}: {_reason(status, body)}")
+            raise AgentRefused(f"the agent cannot answer {path}: {_reason(status, body)}", status)
         try:
             plain = json.loads(body)
             # Not strict: protobuf's JSON form has 64-bit numbers as strings.

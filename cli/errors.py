@@ -27,7 +27,11 @@ class AgentUnreachable(CliError):
 
 
 class AgentRefused(CliError):
-    """The agent said why it cannot answer now."""
+    """The agent said why it cannot answer now; `status` is that of HTTP."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class AnswerUnreadable(CliError):

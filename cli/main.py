@@ -14,6 +14,7 @@ DEFAULT_RUN_DIR = Path("/run/undermesh")
 
 class _Verbs(LazyGroup):
     verbs = {
+        "authz": Verb("undermesh.cli.authz", "Who may reach a pod or a service, and by which policy."),
         "bpf": Verb("undermesh.cli.verbs", "The programs, links and maps in this node's kernel, with their use."),
         "check": Verb("undermesh.cli.check", "Whether this machine has what undermesh needs, and how to get it."),
         "status": Verb("undermesh.cli.verbs", "The parts of undermesh on this node, and the state of its pods."),

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from undermesh.cli import answers, edge_list, explained
+from undermesh.cli import callers as callers_
 
 NOTHING = "-"
 
@@ -289,6 +290,21 @@ def bpf_maps(found: answers.Bpf) -> Table:
 def kib(count: int) -> str:
     """Bytes in KiB, rounded up."""
     return f"{-(-count // 1024)} KiB"
+
+
+def callers(found: Iterable[callers_.Caller]) -> Table:
+    """Who may reach one destination."""
+    rows = [
+        (
+            c.identity or "none (plaintext)",
+            c.result,
+            c.by or "no policy",
+            c.lane or NOTHING,
+            c.sources[0] + (f" and {len(c.sources) - 1} more" if len(c.sources) > 1 else ""),
+        )
+        for c in found
+    ]
+    return Table(("CALLER", "RESULT", "BY", "LANE", "FOR EXAMPLE"), rows, "no callers", frozenset({"LANE"}))
 
 
 def explanation(found: Iterable[explained.Step]) -> Table:

@@ -11,7 +11,7 @@ from agent_stand_in import Command, recorded
 from undermesh.cli.main import main
 
 VERBS = sorted(set(main.verbs) - {"completion", "lab", "roots", "uninstall", "ztunnel"})
-FROM_AGENT = [verb for verb in VERBS if verb not in ("check", "edges", "explain")]
+FROM_AGENT = [verb for verb in VERBS if verb not in ("authz", "check", "edges", "explain")]
 DOCS = Path(__file__).parents[2] / "docs" / "debugging.md"
 
 SHOWN = [

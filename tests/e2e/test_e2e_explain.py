@@ -226,6 +226,20 @@ def test_a_source_outside_of_the_mesh_is_not_captured(cluster, pods) -> None:
     assert (answer["capture"], answer["ways"][0]["lane"], answer["source_identity"]) == ("NOT_IN_MESH", "plain", "")
 
 
+def test_authz_says_who_may_reach_it_and_by_which_policy(cluster, mesh) -> None:
+    allow = {"rules": [{"from": [{"source": {"principals": ["cluster.local/ns/mesh/sa/other"]}}]}]}
+    with mesh.policy("allow-other", allow):
+        done = run(cluster, "authz", f"pod/mesh/far:{APP_PORT}", "-o", "json")
+    assert (done.returncode, done.stderr) == (0, "")
+    callers = json.loads(done.stdout)["callers"]
+    allowed = {(one["identity"], one["by"]) for one in callers if one["result"] == "allowed"}
+    # The pod itself is asked nothing.
+    own = ("spiffe://cluster.local/ns/mesh/sa/far", "nobody asks policy")
+    assert allowed == {("spiffe://cluster.local/ns/mesh/sa/other", "mesh/allow-other"), own}
+    refused = {one["identity"] for one in callers if one["result"] == "REFUSED"}
+    assert {"", "spiffe://cluster.local/ns/mesh/sa/client"} <= refused
+
+
 @pytest.mark.parametrize(
     ("source", "destination", "text"),
     [
@@ -241,6 +255,12 @@ def test_what_cannot_be_explained_is_said_in_one_line(cluster, source: str, dest
     assert (done.returncode, done.stdout) == (1, "")
     assert text in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_authz_of_nothing_is_one_line(cluster) -> None:
+    done = run(cluster, "authz", "mesh/nothing:80")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "destination mesh/nothing is neither" in done.stderr
 
 
 def test_a_ztunnel_that_hangs_is_named(cluster, steady) -> None:
