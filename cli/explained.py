@@ -55,7 +55,7 @@ def _source(answer: answers.Explanation) -> str:
 def _capture(answer: answers.Explanation) -> Step:
     pod = answer.source_pod
     state = "" if pod is None or pod.state == pod.desired else f"; it is {pod.state} (wanted: {pod.desired})"
-    if pod is not None and pod.reason:
+    if pod is not None and pod.reason and (state or answer.capture == "NOT_IN_MESH"):
         state += f": {pod.reason}"
     identity = answer.source_identity
     why, change = {

@@ -16,6 +16,7 @@ class _Verbs(LazyGroup):
     verbs = {
         "authz": Verb("undermesh.cli.authz", "Who may reach a pod or a service, and by which policy."),
         "bpf": Verb("undermesh.cli.verbs", "The programs, links and maps in this node's kernel, with their use."),
+        "bug-report": Verb("undermesh.cli.bug_report", "An archive of what this node says, with secrets removed."),
         "check": Verb("undermesh.cli.check", "Whether this machine has what undermesh needs, and how to get it."),
         "status": Verb("undermesh.cli.verbs", "The parts of undermesh on this node, and the state of its pods."),
         "connections": Verb("undermesh.cli.verbs", "Open connections of this node's pods: who, how, since when."),

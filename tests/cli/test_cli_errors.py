@@ -15,7 +15,9 @@ from undermesh.cli.client import AgentClient
 from undermesh.cli.errors import CliError
 from undermesh.cli.main import main
 
-FROM_AGENT = sorted(set(main.verbs) - {"authz", "check", "completion", "explain", "lab", "roots", "uninstall", "ztunnel"})
+FROM_AGENT = sorted(
+    set(main.verbs) - {"authz", "bug-report", "check", "completion", "explain", "lab", "roots", "uninstall", "ztunnel"}
+)
 
 
 def assert_one_line(result: Result, *texts: str) -> None:
