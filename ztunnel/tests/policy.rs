@@ -18,8 +18,8 @@ use ztunnel::{
 };
 
 use support::{
-    NAMESPACE, Node, PodSpec, SERVICE_PORT, ca::Authority, connection, endpoint_of, identity, listening,
-    two_pods, workload_uid,
+    NAMESPACE, Node, PodSpec, SERVICE_PORT, WAIT, ca::Authority, connection, endpoint_of, identity,
+    listening, two_pods, workload_uid,
 };
 
 fn policy(action: Action, service_account: &str) -> Authorization {
@@ -38,7 +38,7 @@ fn policy(action: Action, service_account: &str) -> Authorization {
 }
 
 async fn is_reset(stream: &mut TcpStream) {
-    let read = timeout(Duration::from_secs(1), stream.read(&mut [0; 1])).await.expect("still open after 1 s");
+    let read = timeout(WAIT, stream.read(&mut [0; 1])).await.expect("still open");
     assert_eq!(read.unwrap_err().kind(), ErrorKind::ConnectionReset);
 }
 
