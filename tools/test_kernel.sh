@@ -170,7 +170,7 @@ main() {
 			[ $# -gt 2 ] || die "neither tests/bpf nor tests/capture is here"
 		fi
 		# An emulated CPU is many times slower than the time limits of the tests expect.
-		args=("$top/build/venv/bin/python" -m pytest -p no:cacheprovider --timeout 900 "$@")
+		args=("$top/build/venv/bin/python" -m pytest -o cache_dir=/tmp/pytest-cache --timeout 900 "$@")
 	fi
 	install_tools
 	mkdir -p "$cache"
