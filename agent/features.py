@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from undermesh.agent import cgroups, sysctls
+from undermesh.agent import cgroups, sock_diag, sysctls
 
 # SO_REUSEADDR from the bind hook is the newest thing we need (design section 3).
 MINIMUM_KERNEL: Final = (6, 1)
@@ -73,6 +73,15 @@ def _probes(pin_dir: Path, cgroup_root: Path, bpf_dir: Path) -> Iterator[Check]:
         f"{', '.join(absent)} missing in {bpf_dir}" if absent else f"in {bpf_dir}",
         "run `make bpf`, or set --bpf-dir to where the image keeps them",
     )
+
+
+def lane_attested() -> str:
+    """Why this node cannot have lane attested; empty: it can. What else it needs, every supported kernel has."""
+    try:
+        ends = sock_diag.destroys()
+    except OSError as e:
+        return f"the kernel does not end connections on request ({e})"
+    return "" if ends else "the kernel does not end connections on request (CONFIG_INET_DIAG_DESTROY)"
 
 
 def kernel_version(release: str) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from undermesh.agent import cgroups, cni_conflist, features, health, netns
 from undermesh.agent.api import Api
+from undermesh.agent.attested_lane import AttestedLane
 from undermesh.agent.bpf import inventory, node_capture
 from undermesh.agent.certificates import CertificateManager, Issued, RootsChanged, Withdrawn
 from undermesh.agent.cni_files import CniFiles
@@ -26,6 +27,7 @@ from undermesh.agent.fd_store import FdStore
 from undermesh.agent.features import Check
 from undermesh.agent.keeper import SOCKET_NAME as KEEPER_SOCKET
 from undermesh.agent.keeper import LastingStore
+from undermesh.agent.lane_feed import LaneFeed
 from undermesh.agent.node_kernel import NodeKernel
 from undermesh.agent.object_source import open_source
 from undermesh.agent.pod_kernel import KernelContext
@@ -68,11 +70,13 @@ class NodeAgent:
         self._capture = node_capture.load(settings.bpf_dir, settings.pins, settings.cgroup_root)
         self._kernel = NodeKernel(self._capture, cgroups.open_tree(settings.cgroup_root))
         self._store = LastingStore(store, settings.run_dir / KEEPER_SOCKET)
+        self._lane = AttestedLane(self._capture)
         context = KernelContext(
             settings.bpf_dir,
             self._capture,
             PodRecords(settings.run_dir / "pods"),
             self._store,
+            self._lane,
         )
         self._source = open_source(settings.source, settings.node, settings.run_dir)
         self._namespaces = EnrolledNamespaces(settings.state_dir)
@@ -84,6 +88,12 @@ class NodeAgent:
         self._xds = XdsClient(self._control, node=settings.node, apply=self._apply, state=settings.run_dir / "xds.bin")
         self._reporter = Reporter(self._control, node=settings.node)
         self._states = PodStates(self._reporter, from_kernel(self._capture))
+        self._feed = LaneFeed(
+            self._lane,
+            wanted=settings.lane_attested,
+            fault="" if not settings.lane_attested else features.lane_attested(),
+            tell=lambda frame: self.link.tell_serving(frame),
+        )
         self.link = ZtunnelLink(
             settings.run_dir / "ztunnel.sock",
             wire.AgentHello(
@@ -93,10 +103,13 @@ class NodeAgent:
                 network=settings.network,
                 trust_domain=settings.trust_domain,
                 root_namespace=settings.root_namespace,
+                attested=self._feed.enabled,
             ),
             self._kernel.trust_ztunnel,
             lambda held: self._reconciler.on_held(held),
             lambda: self._reconciler.wake_pods(),
+            self._feed.on_serving,
+            self._feed.on_verdict,
         )
         self._reconciler = Reconciler(
             settings,
@@ -129,6 +142,7 @@ class NodeAgent:
                 tasks.create_task(self._feed_roots(), name="roots to ztunnel")
                 tasks.create_task(self._xds.run(), name="xds")
                 tasks.create_task(self._reporter.run(), name="reports")
+                tasks.create_task(self._feed.run(), name="lane attested")
                 tasks.create_task(self._watch_source(), name="source")
                 tasks.create_task(CniServer(self._reconciler).run(_cni_socket(self.settings)), name="cni server")
                 if self._cni is not None:
@@ -172,7 +186,9 @@ class NodeAgent:
         removals = [wire.ResourceName(type_url=type_url, name=name) for type_url, name in batch.removals]
         self._state_known = True
         self._allow_snapshot()
-        await self.link.apply_resources([_resource(resource) for resource in batch.upserts], removals)
+        changes = [*((r.type_url, r.name) for r in batch.upserts), *batch.removals]
+        async with self._feed.changing(changes, self.link.workloads()):
+            await self.link.apply_resources([_resource(resource) for resource in batch.upserts], removals)
 
     def _allow_snapshot(self) -> None:
         """Without roots every handshake fails: a ztunnel that is told that it is ready must be able to serve."""
@@ -252,6 +268,7 @@ class NodeAgent:
         settings = self.settings
         return [
             *features.probe(settings.pin_dir, settings.cgroup_root, settings.bpf_dir),
+            self._feed.check(),
             health.control_plane(self._xds.status()),
             health.ztunnel(self.link.peer),
             health.objects(self._source.errors),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from undermesh.agent import listeners, netlink_watch, netns, routing, sysctls
+from undermesh.agent.attested_lane import AttestedLane, Member
 from undermesh.agent.bpf import layout, pod_steering
 from undermesh.agent.bpf.layout import EnrolmentFlags, IPAddress, ListenerSlot
 from undermesh.agent.bpf.node_capture import Capture
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 _SYSCTLS: Final = ("ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect")
 
 
+_WHOLE: Final = EnrolmentFlags.INBOUND | EnrolmentFlags.OUTBOUND
+
 # A pod's looks follow one another by far more than their news take.
 _PORTS_REMEMBERED: Final = 4
 
@@ -42,6 +45,7 @@ class KernelContext:
     capture: Capture
     records: PodRecords
     store: FdStore
+    lane: AttestedLane
 
 
 @dataclass
@@ -64,6 +68,7 @@ class PodKernel:
     _in_order: tuple[bytes, tuple[IPAddress, ...]] | None = None  # rules and routes that need no second reading
     _ipv6: bool = False
     _subscribed: bool = False
+    _addresses: tuple[IPAddress, ...] = ()
 
     @property
     def cookie(self) -> int:
@@ -95,8 +100,11 @@ class PodKernel:
         present, mended = netns.run_in(self.netns_fd, lambda: self._look_inside(addresses, avoid))
         self._publish_devices()
         self._store_listeners()
+        self._addresses = tuple(addresses)
         if present & EnrolmentFlags.INBOUND:
             mended += self.ensure_inbound()
+        if present == _WHOLE:
+            self._join_lane()
         return present, mended
 
     def _look_inside(self, addresses: Sequence[IPAddress], avoid: Iterable[int]) -> tuple[EnrolmentFlags, list[str]]:
@@ -234,8 +242,16 @@ class PodKernel:
 
     def ensure_outbound(self, on: bool) -> list[str]:
         """Capture of new connections on or off."""
-        flags = EnrolmentFlags.INBOUND | EnrolmentFlags.OUTBOUND if on else EnrolmentFlags.INBOUND
-        return self._ensure_entries(flags, exactly=True)
+        if not on:
+            self.context.lane.withdraw_pod(self.record.pod_id)
+        mended = self._ensure_entries(_WHOLE if on else EnrolmentFlags.INBOUND, exactly=True)
+        if on:
+            self._join_lane()
+        return mended
+
+    def _join_lane(self) -> None:
+        """Not before it is steered: its own program says to callers that they have reached it."""
+        self.context.lane.join(Member(self.record.pod_id, self.record.uid, self.netns_fd, self._addresses))
 
     def _ensure_entries(self, flags: EnrolmentFlags, exactly: bool = False) -> list[str]:
         maps = self.context.capture.maps
@@ -264,6 +280,7 @@ class PodKernel:
 
     def stop_inbound(self) -> None:
         """New connections go straight to the app; what ztunnel holds goes on."""
+        self.context.lane.withdraw_pod(self.record.pod_id)
         pod_steering.detach(self.pins)
 
     def remove(self, namespace_lives: bool) -> None:
@@ -272,6 +289,10 @@ class PodKernel:
         Args:
             namespace_lives: also undo sysctl, rules and routes; in a dead namespace they died with it.
         """
+        if namespace_lives:
+            self.context.lane.withdraw_pod(self.record.pod_id)
+        else:
+            self.context.lane.end_pod(self.record.pod_id)
         self.context.capture.maps["enrolled"].delete(layout.u64(self.cookie))
         pod_steering.detach(self.pins)
         if self._steering is not None:
@@ -279,10 +300,14 @@ class PodKernel:
             self._steering = None
         if namespace_lives:
             netns.run_in(self.netns_fd, self._unroute)
-        self.forget()
+        self._clean()
 
     def forget(self) -> None:
         """Takes out what is left of a pod whose namespace is gone: pins, map entries, kept listeners."""
+        self.context.lane.end_pod(self.record.pod_id)
+        self._clean()
+
+    def _clean(self) -> None:
         maps = self.context.capture.maps
         if self._cookie:
             maps["enrolled"].delete(layout.u64(self._cookie))

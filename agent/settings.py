@@ -37,6 +37,7 @@ class Settings:
         cni_plugin: our CNI plugin in the image, to be kept installed on the node; None: somebody else installs it.
         cni_bin_dir: where the container runtime looks for plugins.
         cni_conf_dir: where it looks for network configurations.
+        lane_attested: let pods of this node talk without a proxy where L4 policy allows it.
         probe_socket: where this agent alone answers the kubelet's probes; None: nowhere but on its API.
     """
 
@@ -60,6 +61,7 @@ class Settings:
     cni_bin_dir: Path = Path("/opt/cni/bin")
     cni_conf_dir: Path = Path("/etc/cni/net.d")
     probe_socket: Path | None = None
+    lane_attested: bool = False
 
     @property
     def pins(self) -> Path:
@@ -88,6 +90,13 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--cni-bin-dir", type=Path, default=Path("/opt/cni/bin"), metavar="DIR")
     parser.add_argument("--cni-conf-dir", type=Path, default=Path("/etc/cni/net.d"), metavar="DIR")
     parser.add_argument("--probe-socket", type=Path, default=None, metavar="PATH")
+    parser.add_argument(
+        "--lane-attested",
+        type=_on_or_off,
+        default=False,
+        metavar="on|off",
+        help="let pods of one node talk without a proxy where L4 policy allows it (docs/security.md)",
+    )
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     values = vars(parser.parse_args(arguments))
     if values["cgroup_root"] is None:
@@ -111,6 +120,12 @@ def _source(text: str) -> SourceOption:
     if option.kind == "files":
         _directory(str(option.directory))
     return option
+
+
+def _on_or_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"{text} is neither on nor off")
+    return text == "on"
 
 
 def _directory(text: str) -> Path:

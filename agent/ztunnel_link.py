@@ -76,6 +76,8 @@ class ZtunnelLink:
         on_connect: called with ztunnel's pid before it gets any FD, to let it use our marks.
         on_held: called for each pod that a connecting ztunnel already serves.
         on_ready: called when a ztunnel has everything: whoever waited for one can go on.
+        on_serving: called when another ztunnel accepts (True), or none any more (False).
+        on_verdict: called for each verdict of the one that accepts, before what it acknowledges later.
     """
 
     def __init__(
@@ -85,12 +87,16 @@ class ZtunnelLink:
         on_connect: Callable[[int], None],
         on_held: Callable[[HeldPod], Awaitable[None]],
         on_ready: Callable[[], None],
+        on_serving: Callable[[bool], None] = lambda serving: None,
+        on_verdict: Callable[[wire.Verdict], None] = lambda verdict: None,
     ) -> None:
         self._path = path
         self._hello = hello
         self._on_connect = on_connect
         self._on_held = on_held
         self._on_ready = on_ready
+        self._on_serving = on_serving
+        self._on_verdict = on_verdict
         self._sessions: list[Session] = []  # oldest connection first
         self._serving: Session | None = None  # the one that accepts and has everything
         self._serving_changed = asyncio.Event()
@@ -269,6 +275,21 @@ class ZtunnelLink:
             else:
                 return
 
+    def workloads(self) -> set[str]:
+        """Names in WDS of the pods that ztunnel serves."""
+        return {pod.message.workload_uid for pod in self._pods.values()}
+
+    async def tell_serving(self, frame: wire.AgentFrame) -> None:
+        """One frame to the ztunnel that accepts.
+
+        Raises:
+            ZtunnelAway: none does.
+            ZtunnelRefused: it answered with an error.
+        """
+        if self._serving is None:
+            raise ZtunnelAway("ztunnel is not connected: see the log of its container")
+        await self._serving.tell(frame)
+
     async def dump(self, kind: wire.DumpKind.ValueType) -> wire.DumpReply:
         """Asks ztunnel for a part of its state; connections and counts are those of all that are connected.
 
@@ -342,6 +363,10 @@ class ZtunnelLink:
                 frame = wire.ZtunnelFrame.FromString(data)
                 if frame.HasField("stopping"):
                     self._stops(session)
+                elif frame.HasField("verdict"):
+                    # One that drains, or does not have everything yet, decides nothing.
+                    if session is self._serving:
+                        self._on_verdict(frame.verdict)
                 else:
                     session.on_frame(frame)
         except (FrameError, ValueError) as e:
@@ -438,6 +463,8 @@ class ZtunnelLink:
                 log.info("ztunnel (pid %d) has taken over from pid %d, which drains", newest.pid, other.pid)
         if self._serving is not newest:
             log.info("ztunnel %s (pid %d) is connected and up to date", newest.instance, newest.pid)
+        if self._serving is not newest:
+            self._on_serving(True)
         self._serving = newest
         self._serving_changed.set()
         self._ready.set()
@@ -464,6 +491,7 @@ class ZtunnelLink:
 
     def _lost_serving(self, wait_s: float) -> None:
         self._serving = None
+        self._on_serving(False)
         self._ready.clear()
         for session in self._sessions:
             session.has_successor = False

@@ -61,6 +61,45 @@ struct {
 	__type(value, struct node);
 } node SEC(".maps");
 
+/* Who may go straight to whom; written by the agent as ztunnel says. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, VERDICTS_MAX);
+	__type(key, struct verdict_key);
+	__type(value, struct verdict);
+} verdicts SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct lane);
+} lane SEC(".maps");
+
+/* Entries are made and taken out by the agent alone: no pod can fill it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, VERDICTS_MAX);
+	__type(key, struct verdict_key);
+	__type(value, struct pair_counts);
+} attested_pairs SEC(".maps");
+
+/* What we know of one attested socket. */
+struct attested_socket {
+	__u32 pod; /* the destination's id; 0: not attested any more */
+	__u32 caller;
+	__u32 established;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct attested_socket);
+} attested_sockets SEC(".maps");
+
 /* What we know of one socket. */
 struct socket_state {
 	__u32 own_mark; /* the app's, while ours stands in its place */
@@ -102,6 +141,23 @@ static __always_inline int in_pod_cgroup(void)
 	return 0;
 }
 
+/* The pod that `key` leads to without a proxy, from `source` if that is known; 0: none now. */
+static __always_inline __u32 verdict_on(const struct verdict_key *key, const struct address *source)
+{
+	struct verdict *verdict = bpf_map_lookup_elem(&verdicts, key);
+	struct lane *now;
+	__u32 zero = 0;
+
+	if (!verdict)
+		return 0;
+	now = bpf_map_lookup_elem(&lane, &zero);
+	if (!now || !now->generation || verdict->generation != now->generation)
+		return 0;
+	if (source && !address_equal(&verdict->source, source))
+		return 0;
+	return verdict->pod;
+}
+
 /* === connect4, connect6 === */
 
 static __always_inline void set_mark(struct bpf_sock_addr *ctx, __u32 mark)
@@ -120,7 +176,7 @@ static __always_inline void release(struct bpf_sock_addr *ctx, struct bpf_sock *
 }
 
 /* Returns 0 to refuse the connect (EPERM), 1 to go on. */
-static __always_inline int on_connect(struct bpf_sock_addr *ctx, const struct address *to)
+static __always_inline int on_connect(struct bpf_sock_addr *ctx, const struct address *to, __u16 port)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct socket_state *state;
@@ -165,6 +221,13 @@ static __always_inline int on_connect(struct bpf_sock_addr *ctx, const struct ad
 			count(COUNT_DEVICE_REFUSED);
 			return 0;
 		}
+	} else {
+		struct verdict_key key = {.destination = *to, .pod = enrolment->pod, .port = port};
+
+		if (verdict_on(&key, NULL)) {
+			release(ctx, sk);
+			return 1;
+		}
 	}
 	state = bpf_sk_storage_get(&sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!state)
@@ -181,7 +244,7 @@ int um_connect4(struct bpf_sock_addr *ctx)
 	struct address to;
 
 	address_from_ip4(&to, ctx->user_ip4);
-	return on_connect(ctx, &to);
+	return on_connect(ctx, &to, bpf_ntohs(ctx->user_port));
 }
 
 SEC("cgroup/connect6")
@@ -191,7 +254,7 @@ int um_connect6(struct bpf_sock_addr *ctx)
 
 	address_from_ip6(&to, CONTEXT_WORD(ctx->user_ip6[0]), CONTEXT_WORD(ctx->user_ip6[1]),
 			 CONTEXT_WORD(ctx->user_ip6[2]), CONTEXT_WORD(ctx->user_ip6[3]));
-	return on_connect(ctx, &to);
+	return on_connect(ctx, &to, bpf_ntohs(ctx->user_port));
 }
 
 /* === bind4, bind6 === */
@@ -323,6 +386,50 @@ static __always_inline void on_node_connect(struct bpf_sock_ops *ops, struct bpf
 	record(ops, &probes, &flow);
 }
 
+static __always_inline void key_of_flow(struct verdict_key *key, const struct flow *flow, __u32 caller)
+{
+	key->destination = flow->destination;
+	key->pod = caller;
+	key->port = flow->destination_port;
+}
+
+/*
+ * Lets the connection go to the other pod itself: notes its 4-tuple, for that pod's program. Returns 0 where
+ * ztunnel has to take it. The verdict is asked once more behind the note: who takes a verdict back looks at
+ * the notes afterwards, so one of both sees the other.
+ */
+static __always_inline int attest(struct bpf_sock_ops *ops, struct bpf_sock *sk, const struct flow *flow)
+{
+	struct attestation attestation = {.cookie = bpf_get_socket_cookie(ops), .pod = flow->pod};
+	struct attested_socket *socket;
+	struct flow to = *flow;
+	struct verdict_key key;
+
+	if (is_our_mark(sk->mark) || sk->bound_dev_if)
+		return 0;
+	key_of_flow(&key, flow, flow->pod);
+	to.pod = verdict_on(&key, &flow->source);
+	if (!to.pod)
+		return 0;
+	socket = bpf_sk_storage_get(&attested_sockets, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!socket)
+		return 0;
+	if (bpf_map_update_elem(&attested, &to, &attestation, BPF_ANY)) {
+		count(COUNT_ATTESTED_FULL);
+		return 0;
+	}
+	if (verdict_on(&key, &flow->source) != to.pod) {
+		bpf_map_delete_elem(&attested, &to);
+		return 0;
+	}
+	socket->pod = to.pod;
+	socket->caller = flow->pod;
+	socket->established = 0;
+	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	count(COUNT_ATTESTED);
+	return 1;
+}
+
 static __always_inline void on_pod_connect(struct bpf_sock_ops *ops, struct bpf_sock *sk,
 					   const struct enrolment *enrolment)
 {
@@ -345,6 +452,8 @@ static __always_inline void on_pod_connect(struct bpf_sock_ops *ops, struct bpf_
 		return;
 	}
 	if (!(enrolment->flags & ENROL_OUTBOUND))
+		return;
+	if (attest(ops, sk, &flow))
 		return;
 	if (sk->bound_dev_if) {
 		struct pod_device device = {.pod = enrolment->pod, .ifindex = sk->bound_dev_if};
@@ -397,6 +506,94 @@ static __always_inline void forget(struct bpf_sock_ops *ops, void *map, const st
 		bpf_map_delete_elem(map, flow);
 }
 
+/*
+ * Somebody else has answered than the pod that was meant: not a byte may go there. What is sent from here on
+ * comes to ztunnel's listener, which knows no such connection: it is reset.
+ */
+static __always_inline void end_impostor(struct bpf_sock_ops *ops, const struct flow *to, __u32 caller)
+{
+	struct flow flow = *to;
+
+	flow.pod = caller;
+	record(ops, &captured, &flow);
+	set_socket_mark(ops, MARK_CAPTURE);
+	count(COUNT_IMPOSTOR);
+}
+
+/* The handshake is done, and nothing but that was sent. */
+static __always_inline void on_established(struct bpf_sock_ops *ops)
+{
+	struct bpf_sock *sk = ops->sk;
+	struct attestation *attestation;
+	struct attested_socket *socket;
+	struct pair_counts *counts;
+	struct verdict_key key;
+	struct flow flow;
+
+	if (!sk)
+		return;
+	socket = bpf_sk_storage_get(&attested_sockets, sk, NULL, 0);
+	if (!socket || !socket->pod)
+		return;
+	flow_of_socket(&flow, ops, socket->pod);
+	attestation = bpf_map_lookup_elem(&attested, &flow);
+	if (!attestation || !attestation->passed || attestation->cookie != bpf_get_socket_cookie(ops)) {
+		end_impostor(ops, &flow, socket->caller);
+		return;
+	}
+	socket->established = 1;
+	key_of_flow(&key, &flow, socket->caller);
+	counts = bpf_map_lookup_elem(&attested_pairs, &key);
+	if (counts)
+		__sync_fetch_and_add(&counts->opened, 1);
+}
+
+/* The kernel counts SYN and FIN as a byte each. Where a reset met a FIN under way, one too many is taken off.
+ */
+static __always_inline void count_closed(struct bpf_sock_ops *ops, struct pair_counts *counts)
+{
+	__u64 sent = ops->bytes_acked, received = ops->bytes_received;
+	__u32 before = ops->args[0];
+
+	if (sent)
+		sent--;
+	if (sent && (before == TCP_FIN_WAIT2 || before == TCP_LAST_ACK || before == TCP_CLOSING))
+		sent--;
+	if (received && (before == TCP_CLOSE_WAIT || before == TCP_LAST_ACK || before == TCP_CLOSING ||
+			 before == TCP_FIN_WAIT2))
+		received--;
+	__sync_fetch_and_add(&counts->sent, sent);
+	__sync_fetch_and_add(&counts->received, received);
+	__sync_fetch_and_add(&counts->closed, 1);
+}
+
+static __always_inline void on_attested_close(struct bpf_sock_ops *ops)
+{
+	struct bpf_sock *sk = ops->sk;
+	struct attestation *attestation;
+	struct attested_socket *socket;
+	struct pair_counts *counts;
+	struct verdict_key key;
+	struct flow flow;
+
+	if (!sk)
+		return;
+	socket = bpf_sk_storage_get(&attested_sockets, sk, NULL, 0);
+	if (!socket || !socket->pod)
+		return;
+	flow_of_socket(&flow, ops, socket->pod);
+	attestation = bpf_map_lookup_elem(&attested, &flow);
+	if (attestation && attestation->cookie == bpf_get_socket_cookie(ops))
+		bpf_map_delete_elem(&attested, &flow);
+	key_of_flow(&key, &flow, socket->caller);
+	counts = bpf_map_lookup_elem(&attested_pairs, &key);
+	if (counts && socket->established)
+		count_closed(ops, counts);
+	else if (counts)
+		__sync_fetch_and_add(&counts->failed, 1);
+	socket->pod = 0;
+}
+
 static __always_inline void on_close(struct bpf_sock_ops *ops)
 {
 	struct enrolment *enrolment;
@@ -405,6 +602,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ops)
 	__u64 cookie;
 	__u32 *pod;
 
+	on_attested_close(ops);
 	cookie = bpf_get_netns_cookie(ops);
 	enrolment = bpf_map_lookup_elem(&enrolled, &cookie);
 	if (enrolment) {
@@ -428,6 +626,10 @@ int um_sockops(struct bpf_sock_ops *ops)
 	switch (ops->op) {
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
 		on_tcp_connect(ops);
+		break;
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB: /* of a caller too, when both have called */
+		on_established(ops);
 		break;
 	case BPF_SOCK_OPS_TCP_LISTEN_CB:
 		on_listen(ops);

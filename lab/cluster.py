@@ -45,9 +45,17 @@ class Cluster:
         template: the directory; its *.yaml are copied to `source.path`, which the mesh reads.
         build: where the built parts are; default: where this package was imported from.
         logs: a directory for the logs that stays; default: one in the run directory, which goes with it.
+        agent_options: further options of every agent.
     """
 
-    def __init__(self, template: Path, *, build: Build | None = None, logs: Path | None = None) -> None:
+    def __init__(
+        self,
+        template: Path,
+        *,
+        build: Build | None = None,
+        logs: Path | None = None,
+        agent_options: Sequence[str] = (),
+    ) -> None:
         self.prefix = f"um-{secrets.token_hex(2)}"
         self.manifest = manifest.load(template)
         self.run_dir = Path("/run") / self.prefix
@@ -55,6 +63,7 @@ class Cluster:
         self.cgroup = cgroups.mount_point() / self.prefix
         self.nodes = {node.name: self._place(node) for node in self.manifest.nodes}
         self._template = template
+        self._agent_options = agent_options
         self._build = build or Build.of_this_package()
         self._claim: Claim | None = None
         self._killed = False
@@ -178,6 +187,7 @@ class Cluster:
                 source=self.source.path,
                 state=self.run_dir / "state",
                 logs=self.logs,
+                agent_options=self._agent_options,
             )
         if self._killed:
             self._mesh.give_up()

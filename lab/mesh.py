@@ -115,8 +115,10 @@ class Mesh:
         source: Path,
         state: Path,
         logs: Path,
+        agent_options: Sequence[str] = (),
     ) -> None:
         self._build = build
+        self._agent_options = agent_options
         self._manifest = manifest
         self._nodes = {node.name: node for node in nodes}
         self._source = source
@@ -187,7 +189,7 @@ class Mesh:
             str(self._root_bundle),
         ]
         argv += ["--control-plane", self.control_plane]
-        argv += ["--control-plane-name", CONTROL_PLANE_NAME]
+        argv += ["--control-plane-name", CONTROL_PLANE_NAME, *self._agent_options]
         return self._start(f"agent-{node}", place.system("agent"), argv)
 
     def agent_token(self, node: str) -> Path:

@@ -60,6 +60,10 @@ class Counter(IntEnum):
     PROBE_PASSED = 3
     INBOUND_STEERED = 4
     LISTENER_MISSING = 5
+    ATTESTED = 6
+    ATTESTED_PASSED = 7
+    ATTESTED_FULL = 8
+    IMPOSTOR = 9
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,93 @@ class Node:
 
     def pack(self) -> bytes:
         return self.FORMAT.pack(self.netns_cookie, 0)
+
+
+@dataclass(frozen=True)
+class VerdictKey:
+    """struct verdict_key."""
+
+    FORMAT: ClassVar = struct.Struct("=16sII")
+    destination: IPAddress
+    pod: int
+    port: int
+
+    def pack(self) -> bytes:
+        return self.FORMAT.pack(pack_address(self.destination), self.pod, self.port)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        destination, pod, port = cls.FORMAT.unpack(data)
+        return cls(unpack_address(destination), pod, port)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """struct verdict."""
+
+    FORMAT: ClassVar = struct.Struct("=16sQI4x")
+    source: IPAddress
+    generation: int
+    pod: int
+
+    def pack(self) -> bytes:
+        return self.FORMAT.pack(pack_address(self.source), self.generation, self.pod)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        source, generation, pod = cls.FORMAT.unpack(data)
+        return cls(unpack_address(source), generation, pod)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """struct lane."""
+
+    FORMAT: ClassVar = struct.Struct("=Q")
+    generation: int
+
+    def pack(self) -> bytes:
+        return self.FORMAT.pack(self.generation)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        return cls(*cls.FORMAT.unpack(data))
+
+
+@dataclass(frozen=True)
+class Attestation:
+    """struct attestation."""
+
+    FORMAT: ClassVar = struct.Struct("=QII")
+    cookie: int
+    pod: int
+    passed: int
+
+    def pack(self) -> bytes:
+        return self.FORMAT.pack(self.cookie, self.pod, self.passed)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        return cls(*cls.FORMAT.unpack(data))
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """struct pair_counts."""
+
+    FORMAT: ClassVar = struct.Struct("=QQQQQ")
+    opened: int = 0
+    closed: int = 0
+    failed: int = 0
+    sent: int = 0
+    received: int = 0
+
+    def pack(self) -> bytes:
+        return self.FORMAT.pack(self.opened, self.closed, self.failed, self.sent, self.received)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        return cls(*cls.FORMAT.unpack(data))
 
 
 def u32(value: int) -> bytes:

@@ -33,6 +33,11 @@ MAPS: Final = (
     "node",
     "counters",
     "sockets",
+    "verdicts",
+    "lane",
+    "attested",
+    "attested_pairs",
+    "attested_sockets",
 )
 
 
@@ -48,7 +53,7 @@ class Capture:
     @property
     def shared_maps(self) -> dict[str, libbpf.Map]:
         """The maps that the pods' sk_lookup programs share."""
-        return {name: self.maps[name] for name in ("captured", "probes", "counters")}
+        return {name: self.maps[name] for name in ("captured", "attested", "probes", "counters")}
 
     def attach(self) -> list[str]:
         """Makes every link exist, point to our program and hang on our cgroup; returns what had to be mended."""

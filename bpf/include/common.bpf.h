@@ -17,8 +17,12 @@
 #define SO_REUSEADDR 2
 #define SO_BINDTODEVICE 25
 #define SO_MARK 36
+#define TCP_FIN_WAIT2 5
 #define TCP_CLOSE 7
+#define TCP_CLOSE_WAIT 8
+#define TCP_LAST_ACK 9
 #define TCP_LISTEN 10
+#define TCP_CLOSING 11
 
 /* Ends a branch that reads the context: clang would else merge its last reads with those of the other branch
  * by computing the address, and the verifier refuses computed context addresses. */
@@ -42,6 +46,18 @@ struct {
 	__type(key, struct flow);
 	__type(value, __u64); /* socket cookie */
 } probes SEC(".maps");
+
+/*
+ * Open connections from pod to pod without a proxy: the destination's program passes them to the app. No LRU:
+ * nobody can push out what belongs to another; where there is no room, ztunnel takes the connection.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, ATTESTED_MAX);
+	__type(key, struct flow);
+	__type(value, struct attestation);
+} attested SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -14,6 +14,8 @@
 #define CAPTURED_MAX 262144
 #define PROBES_MAX 65536
 #define TRUSTED_MAX 64
+#define VERDICTS_MAX 65536
+#define ATTESTED_MAX 65536
 
 struct address {
 	__u8 bytes[16];
@@ -68,6 +70,45 @@ struct node {
 	__u64 reserved;
 };
 
+/* Key of maps `verdicts` and `attested_pairs`: what the pod `pod` dials. */
+struct verdict_key {
+	struct address destination;
+	__u32 pod;
+	__u32 port;
+};
+
+/*
+ * Value of map `verdicts`: the caller may go straight to the app of pod `pod`, without a proxy. It holds for
+ * connections from this very source address, and only in the generation of policy that it was found in.
+ */
+struct verdict {
+	struct address source;
+	__u64 generation;
+	__u32 pod;
+	__u32 reserved;
+};
+
+/* Value of map `lane` (one entry, key 0). */
+struct lane {
+	__u64 generation; /* the present one of policy; 0: the lane is off, no verdict holds */
+};
+
+/* Value of map `attested`, whose key is a flow with the destination's id as `pod`. */
+struct attestation {
+	__u64 cookie; /* of the caller's socket */
+	__u32 pod;    /* the caller's id */
+	__u32 passed; /* the destination's own program has let the SYN through */
+};
+
+/* Value of map `attested_pairs`: counts since the entry was made. Bytes are counted at a connection's end. */
+struct pair_counts {
+	__u64 opened;
+	__u64 closed;
+	__u64 failed;	/* never established */
+	__u64 sent;	/* bytes from the caller to the destination */
+	__u64 received; /* bytes from the destination to the caller */
+};
+
 /* Slots of a pod's `listeners` map; proto/node.proto numbers them alike. */
 enum listener_slot {
 	OUTBOUND_V4,
@@ -87,6 +128,10 @@ enum counter {
 	COUNT_PROBE_PASSED,	/* probes let through to the app */
 	COUNT_INBOUND_STEERED,	/* connections sent to an inbound listener */
 	COUNT_LISTENER_MISSING, /* dropped: the slot of the listener was empty */
+	COUNT_ATTESTED,		/* connections that went out attested, without a proxy */
+	COUNT_ATTESTED_PASSED,	/* SYNs of attested connections let through to the app */
+	COUNT_ATTESTED_FULL,	/* connections captured for want of room in map `attested` */
+	COUNT_IMPOSTOR,		/* attested connections that somebody else answered: they were ended */
 	COUNTERS,
 };
 

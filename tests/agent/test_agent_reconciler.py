@@ -100,7 +100,9 @@ class Bench:
             root_namespace="undermesh-system",
             log_level="info",
         )
-        context = KernelContext(OBJECTS, self.node.capture, PodRecords(self.directory / "pods"), self.store)
+        context = KernelContext(
+            OBJECTS, self.node.capture, PodRecords(self.directory / "pods"), self.store, self.node.lane
+        )
         made = Reconciler(
             settings,
             context,

@@ -25,6 +25,11 @@ STRUCTS = [
     ("pod_device", layout.PodDevice, {"pod": 0, "ifindex": 4}),
     ("probe_port", layout.ProbePort, {"address": 0, "port": 16}),
     ("node", layout.Node, {"netns_cookie": 0, "reserved": 8}),
+    ("verdict_key", layout.VerdictKey, {"destination": 0, "pod": 16, "port": 20}),
+    ("verdict", layout.Verdict, {"source": 0, "generation": 16, "pod": 24, "reserved": 28}),
+    ("lane", layout.Lane, {"generation": 0}),
+    ("attestation", layout.Attestation, {"cookie": 0, "pod": 8, "passed": 12}),
+    ("pair_counts", layout.PairCounts, {"opened": 0, "closed": 8, "failed": 16, "sent": 24, "received": 32}),
 ]
 ENUMS: list[tuple[str, type[IntEnum] | type[layout.EnrolmentFlags], str]] = [
     ("enrolment_flags", layout.EnrolmentFlags, "ENROL_"),
@@ -99,7 +104,9 @@ def test_the_marks_are_one_range_without_gaps() -> None:
     ("object_name", "programs", "maps"),
     [
         pytest.param("capture", set(node_capture.PROGRAMS), set(node_capture.MAPS), id="capture"),
-        pytest.param("lookup", {"um_lookup"}, {"captured", "probes", "counters", "listeners", ".rodata"}, id="lookup"),
+        pytest.param(
+            "lookup", {"um_lookup"}, {"captured", "attested", "probes", "counters", "listeners", ".rodata"}, id="lookup"
+        ),
     ],
 )
 def test_the_object_holds_exactly_the_programs_and_maps_that_the_agent_names(

@@ -25,12 +25,14 @@ from capture.packets import Watch
 from capture.remote import RemoteProcess, RemoteSocket
 from capture.topology import Family, Netns, Network, addresses_of, wait_until
 from undermesh.agent import cgroups, netns
+from undermesh.agent.attested_lane import AttestedLane
 from undermesh.agent.bpf import node_capture
 from undermesh.agent.bpf.layout import ListenerSlot
 from undermesh.agent.fd_store import NoStore
 from undermesh.agent.node_kernel import NodeKernel, probe_ports
 from undermesh.agent.pod_kernel import KernelContext, PodKernel
 from undermesh.agent.pod_record import PodRecord, PodRecords
+from undermesh.agent.pod_wiring import Wiring
 from undermesh.gen import marks
 
 BUILD: Final = Path(__file__).parents[2] / "build"
@@ -83,7 +85,11 @@ class Node:
         undo.callback(self.capture.remove)
         self.kernel = NodeKernel(self.capture, cgroups.open_tree(self.root))
         self.kernel._began -= 3600.0  # every ztunnel that is to come has come
-        self.context = KernelContext(OBJECTS, self.capture, PodRecords(Path(run_dir)), NoStore())
+        self.lane = AttestedLane(
+            self.capture,
+            lambda fd, addresses: netns.run_in(self.network.node.fd, lambda: Wiring().fault(fd, addresses)),
+        )
+        self.context = KernelContext(OBJECTS, self.capture, PodRecords(Path(run_dir)), NoStore(), self.lane)
         self.ensure()
 
     def ensure(self, *probed: tuple[Pod, int]) -> None:

@@ -5,8 +5,8 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tokio::sync::watch;
 
 use crate::{
-    access_log::AccessLog, connections::Registry, drain::Drain, metrics::Metrics, pods::Pods,
-    sockets::Sockets, state::World, supervise, tls::Credentials,
+    access_log::AccessLog, attested::Attested, connections::Registry, drain::Drain, metrics::Metrics,
+    pods::Pods, sockets::Sockets, state::World, supervise, tls::Credentials,
 };
 
 pub struct App {
@@ -17,6 +17,7 @@ pub struct App {
     pub metrics: Metrics,
     pub log: AccessLog,
     pub drain: Drain,
+    pub attested: Attested,
     pub sockets: Box<dyn Sockets>,
     /// Random per process.
     pub instance: String,
@@ -35,6 +36,7 @@ impl App {
             metrics: Metrics::default(),
             log,
             drain: Drain::default(),
+            attested: Attested::default(),
             sockets,
             instance: format!("{:016x}", fastrand::u64(..)),
             started_ms: supervise::boot_time_ms(),

@@ -33,6 +33,8 @@ pub enum Direction {
 pub enum Lane {
     Hbone,
     Plain,
+    /// From app to app; the kernel vouches for the caller.
+    Attested,
 }
 
 /// One end of a connection.
@@ -123,6 +125,7 @@ impl Lane {
         match self {
             Self::Hbone => "hbone",
             Self::Plain => "plain",
+            Self::Attested => "attested",
         }
     }
 }
@@ -188,6 +191,12 @@ pub fn verdict(
             Err(Failure::denied(policy, format!("connection closed due to policy rejection: {reason}")))
         }
     }
+}
+
+/// Whether policies match that decide nothing, and only see connections that come through us.
+pub fn is_observed(world: &World, pod: &Pod, connection: &policy::Connection) -> bool {
+    let named = world.workload(&pod.workload_uid).map_or(&[][..], |workload| &workload.policies);
+    world.policies.observe(&pod.namespace, named, connection).next().is_some()
 }
 
 // === impl Connection ===

@@ -9,6 +9,7 @@
 
 pub mod access_log;
 pub mod app;
+pub mod attested;
 pub mod balance;
 pub mod cli;
 pub mod connections;

@@ -85,9 +85,13 @@ pub struct Metrics {
 
 impl Series {
     pub fn failed(&self, flag: Flag) {
+        self.add_failed(flag, 1);
+    }
+
+    pub fn add_failed(&self, flag: Flag, count: u64) {
         for (counted, counter) in FLAGS.iter().zip(&self.failed) {
             if *counted == flag {
-                counter.fetch_add(1, Relaxed);
+                counter.fetch_add(count, Relaxed);
             }
         }
     }
@@ -221,6 +225,7 @@ fn values(world: &World, details: &Details) -> Values {
     let security = match details.lane {
         Lane::Hbone => "mutual_tls",
         Lane::Plain => "unknown",
+        Lane::Attested => "kernel_attested",
     };
     let service = |part: fn(&crate::state::Service) -> &String| {
         details.service.as_ref().map_or_else(unknown, |service| part(service).clone())

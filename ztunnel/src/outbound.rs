@@ -10,6 +10,7 @@ use tokio::net::TcpStream;
 
 use crate::{
     app::App,
+    attested,
     connections::{self, Details, Direction, Lane, Peer},
     copy::Side,
     decide::{self, Action},
@@ -37,6 +38,7 @@ pub async fn serve(
     match opened {
         // The lease gives the stream's place on its tunnel back when the connection has ended.
         Ok((upstream, lease)) => {
+            attested::offer(&app, &details);
             let cause = || lease.as_ref().and_then(hbone::Lease::cause);
             let ended = connections::run(&app, details, Side::Tcp(stream), upstream, cause).await;
             if let Some(lease) = lease.filter(|_| ended) {

@@ -4,6 +4,7 @@ use std::{collections::HashSet, os::fd::OwnedFd, sync::Arc};
 
 use crate::{
     app::App,
+    attested,
     pods::Pod,
     proto::node::{AgentHello, PodAdd, Resources, TrustBundle, agent_frame::Body},
     serve,
@@ -24,6 +25,7 @@ pub fn apply(app: &Arc<App>, body: Body, fds: Vec<OwnedFd>) -> Result<(), String
         Body::PodDrain(drain) => match app.pods.get(&drain.uid) {
             Some(pod) => {
                 pod.drain();
+                attested::reevaluate(app, |_| true);
                 Ok(())
             }
             None => Err(format!("pod {}: is not served here", drain.uid)),
@@ -34,6 +36,7 @@ pub fn apply(app: &Arc<App>, body: Body, fds: Vec<OwnedFd>) -> Result<(), String
             .map_err(|error| error.to_string()),
         Body::CertificateRemove(remove) => {
             app.credentials.remove_certificate(&remove.identity);
+            attested::reevaluate(app, |_| true);
             Ok(())
         }
         Body::TrustBundle(bundle) => trust(app, &bundle),
@@ -50,6 +53,8 @@ pub fn apply(app: &Arc<App>, body: Body, fds: Vec<OwnedFd>) -> Result<(), String
         Body::Resume(_) => app.drain.take_back(),
         Body::HandOver(_) if app.drain.is_draining() => Err("this ztunnel drains already".to_owned()),
         Body::HandOver(_) => supervise::ask_for_successor(),
+        Body::AttestedOpen(open) => attested::adopt(app, &open.pairs),
+        Body::AttestedCounts(counts) => attested::count(app, &counts),
         Body::Dump(_) => Err("a dump request carries nothing to apply".to_owned()),
     }
 }
@@ -64,6 +69,7 @@ fn settings(app: &App, hello: AgentHello) -> Result<(), String> {
     if hello.trust_domain.is_empty() {
         return Err("trust_domain is empty".to_owned());
     }
+    let attested = hello.attested;
     let settings = Settings::from(hello);
     let mut world = app.world_mut();
     let held = world.settings.trust_domain.as_str();
@@ -74,6 +80,7 @@ fn settings(app: &App, hello: AgentHello) -> Result<(), String> {
         ));
     }
     world.settings = settings;
+    app.attested.set_enabled(attested);
     Ok(())
 }
 
@@ -87,6 +94,7 @@ fn add_pod(app: &Arc<App>, add: &PodAdd, fds: Vec<OwnedFd>) -> Result<(), String
     if let Some(held) = held.as_ref().filter(|held| held.is_same(&pod)) {
         held.undrain();
         held.set_in_transition(add.in_transition);
+        attested::reevaluate(app, |pair| concerns(pair, &add.uid));
         return Ok(());
     }
     let continued = held.filter(|held| pod.continues(held));
@@ -103,7 +111,12 @@ fn add_pod(app: &Arc<App>, add: &PodAdd, fds: Vec<OwnedFd>) -> Result<(), String
         (None, _) => {}
     }
     app.connections.reevaluate(&app.world(), |other| other.uid == add.uid);
+    attested::reevaluate(app, |pair| concerns(pair, &add.uid));
     Ok(())
+}
+
+fn concerns(pair: &attested::Pair, uid: &str) -> bool {
+    pair.source_uid == uid || pair.destination_uid == uid
 }
 
 /// Stops serving a pod and resets what it holds.
@@ -111,6 +124,7 @@ pub fn remove_pod(app: &App, uid: &str) {
     if let Some(pod) = app.pods.remove(uid) {
         retire(app, &pod);
         app.metrics.forget_pod(uid);
+        app.attested.forget_pod(uid);
         tracing::info!(pod = pod.display_name(), uid, "no longer serving");
     }
 }
@@ -151,5 +165,17 @@ fn resources(app: &App, batch: &Resources) -> Result<(), String> {
     let policies = changed().any(|(type_url, _)| type_url == AUTHORIZATION_TYPE);
     let names: HashSet<&str> = changed().map(|(_, name)| name).collect();
     app.connections.reevaluate(&app.world(), |pod| policies || names.contains(pod.workload_uid.as_str()));
+    // A service, or a workload that is gone, may change the way of any pair.
+    let all = policies || names.iter().any(|name| app.world().workload(name).is_none());
+    let touched: HashSet<String> = app
+        .pods
+        .list()
+        .iter()
+        .filter(|pod| names.contains(pod.workload_uid.as_str()))
+        .map(|pod| pod.uid.clone())
+        .collect();
+    attested::reevaluate(app, |pair| {
+        all || touched.contains(&pair.source_uid) || touched.contains(&pair.destination_uid)
+    });
     if errors.is_empty() { Ok(()) } else { Err(errors.join("; ")) }
 }

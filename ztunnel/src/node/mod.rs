@@ -39,6 +39,7 @@ pub async fn run(app: Arc<App>, socket: &Path) {
         app.drain.set_agent_present(true);
         let outcome = talk(&app, &mut FrameStream::new(stream)).await;
         app.drain.set_agent_present(false);
+        app.attested.reset();
         match outcome {
             Ok(()) => tracing::warn!("the agent has closed the connection; serving on"),
             Err(error) => tracing::warn!(%error, "lost the agent; serving on"),
@@ -76,6 +77,10 @@ async fn talk(app: &Arc<App>, stream: &mut FrameStream) -> Result<(), FrameError
                 send(stream, Body::Stopping(Stopping {})).await?;
                 continue;
             }
+            () = app.attested.queued() => {
+                send_verdicts(app, stream).await?;
+                continue;
+            }
         };
         let Some((frame, fds)) = received else { return Ok(()) };
         let Some(body) = frame.body else {
@@ -95,6 +100,8 @@ async fn talk(app: &Arc<App>, stream: &mut FrameStream) -> Result<(), FrameError
         if let Err(error) = &outcome {
             tracing::error!(seq = frame.seq, error, "a frame of the agent could not be applied");
         }
+        // What the frame has changed is known before it is acknowledged.
+        send_verdicts(app, stream).await?;
         acknowledge(stream, frame.seq, outcome).await?;
     }
 }
@@ -125,6 +132,13 @@ async fn greet(app: &App, stream: &mut FrameStream) -> Result<(), FrameError> {
         stream.send(&ZtunnelFrame { fds: count, body: Some(Body::HeldPod(held)) }, &fds).await?;
     }
     send(stream, Body::HelloEnd(HelloEnd {})).await
+}
+
+async fn send_verdicts(app: &App, stream: &mut FrameStream) -> Result<(), FrameError> {
+    for verdict in app.attested.take() {
+        send(stream, Body::Verdict(verdict)).await?;
+    }
+    Ok(())
 }
 
 async fn acknowledge(
