@@ -232,7 +232,7 @@ fn way(
         }
         Action::Hbone { peer, authority, .. } => {
             set(&mut way, "hbone", *authority, *peer);
-            "both ends are in the mesh; this version has no faster lane".clone_into(&mut way.lane_reason);
+            "both ends are in the mesh; lane attested, where it is on, takes pairs of one node after their first connection".clone_into(&mut way.lane_reason);
             (*authority, caller.identity.clone())
         }
     };
